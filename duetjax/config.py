@@ -1,0 +1,352 @@
+"""Frozen configurations of model, engine and request, and the errors that name a caller's fault.
+
+Imports the standard library only; every other module may import this one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+
+class DuetJAXError(Exception):
+    """A fault that a user can act on; its message is one line that says what to do."""
+
+
+class ModelFolderError(DuetJAXError):
+    """A model folder, preset or hub id that cannot be served, with the file or key at fault."""
+
+
+class ConfigError(DuetJAXError):
+    """Flags or engine settings that contradict each other or the machine."""
+
+
+class InvalidRequest(DuetJAXError):
+    """A request that can never be served as asked; `param` and `code` are OpenAI's error fields."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str = "invalid_value"
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class RopeType(StrEnum):
+    """Rotary embedding variants that the decoder implements, by their config.json names."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: base and, for scaled types, how frequencies are stretched.
+
+    `factor` divides frequencies (linear: all, llama3: the low ones); the band between
+    `original_max_position_embeddings / low_freq_factor` and `/ high_freq_factor` wavelengths is
+    interpolated (Llama 3.1 model card).
+    """
+
+    theta: float = 10_000.0
+    type: RopeType = RopeType.DEFAULT
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before)."""
+        scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise ModelFolderError(f"config.json: rope_scaling must be an object, not {scaling!r}")
+        theta = _number(scaling if "rope_theta" in scaling else hf, "rope_theta", 10_000.0)
+        name = scaling.get("rope_type", scaling.get("type", "default"))
+        if name not in list(RopeType):
+            raise ModelFolderError(
+                f"config.json: rope type {name!r} is not supported;"
+                f" supported are {', '.join(RopeType)}"
+            )
+        partial = _number(hf, "partial_rotary_factor", 1.0)
+        partial = _number(scaling, "partial_rotary_factor", partial)
+        if partial != 1.0:
+            raise ModelFolderError(
+                f"config.json: partial_rotary_factor {partial} is not supported (only 1.0)"
+            )
+        rope_type = RopeType(name)
+        if rope_type is RopeType.DEFAULT:
+            return cls(theta=theta)
+        factor = _number(scaling, "factor")
+        if rope_type is RopeType.LINEAR:
+            return cls(theta=theta, type=rope_type, factor=factor)
+        return cls(
+            theta=theta,
+            type=rope_type,
+            factor=factor,
+            low_freq_factor=_number(scaling, "low_freq_factor"),
+            high_freq_factor=_number(scaling, "high_freq_factor"),
+            original_max_position_embeddings=_size(scaling, "original_max_position_embeddings"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What an architecture name fixes beyond config.json's keys."""
+
+    qkv_bias: bool | None  # None: the key `attention_bias` decides, for q, k, v and o alike
+    qk_norm: bool = False
+    mlp_bias_key: bool = False
+    default_sliding_window: int | None = None
+    window_by_flag: bool = False  # sliding_window counts only with use_sliding_window: true
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "LlamaForCausalLM": _Family(qkv_bias=None, mlp_bias_key=True),
+    "MistralForCausalLM": _Family(qkv_bias=False, default_sliding_window=4096),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, window_by_flag=True),
+    "Qwen3ForCausalLM": _Family(qkv_bias=None, qk_norm=True, window_by_flag=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shapes and switches of one decoder, read from a Hugging Face config.json.
+
+    `dtype` is the dtype of the weights on disk by that file; `sliding_window` is None where the
+    model attends to its whole context.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    dtype: str
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def kv_of_layer(self) -> tuple[int, ...]:
+        """Index of the KV array that each layer reads; the identity for every model so far."""
+        return tuple(range(self.num_layers))
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """Parses config.json; `ModelFolderError` names the key that is missing or unsupported."""
+        architecture, family = _family(hf)
+        if hf.get("quantization_config") is not None:
+            raise ModelFolderError(
+                "config.json: quantization_config is set, but quantised weights are not supported;"
+                " use the unquantised model"
+            )
+        if (act := hf.get("hidden_act", "silu")) != "silu":
+            raise ModelFolderError(f"config.json: hidden_act {act!r} is not supported (only silu)")
+        heads = _size(hf, "num_attention_heads")
+        default_kv_heads = heads if architecture == "LlamaForCausalLM" else None
+        kv_heads = _size(hf, "num_key_value_heads", default_kv_heads)
+        hidden = _size(hf, "hidden_size")
+        default_head_dim = 128 if architecture == "Qwen3ForCausalLM" else hidden // heads
+        head_dim = _size(hf, "head_dim", default_head_dim)
+        if heads % kv_heads:
+            raise ModelFolderError(
+                f"config.json: num_attention_heads {heads} is not a multiple of"
+                f" num_key_value_heads {kv_heads}"
+            )
+        if head_dim % 2:
+            raise ModelFolderError(f"config.json: head_dim {head_dim} is odd; rope needs pairs")
+        attention_bias = _flag(hf, "attention_bias") if family.qkv_bias is None else None
+        return cls(
+            architecture=architecture,
+            vocab_size=_size(hf, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_size(hf, "intermediate_size"),
+            num_layers=_size(hf, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=_size(hf, "max_position_embeddings"),
+            rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+            rope=RopeConfig.from_hf(hf),
+            tie_word_embeddings=_flag(hf, "tie_word_embeddings"),
+            qkv_bias=bool(family.qkv_bias if attention_bias is None else attention_bias),
+            o_bias=bool(attention_bias),
+            mlp_bias=family.mlp_bias_key and _flag(hf, "mlp_bias"),
+            qk_norm=family.qk_norm,
+            sliding_window=_sliding_window(hf, family),
+            dtype=_dtype(hf),
+            eos_token_ids=token_ids(hf.get("eos_token_id"), "config.json: eos_token_id"),
+        )
+
+
+def _family(hf: Mapping[str, Any]) -> tuple[str, _Family]:
+    names = hf.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in _FAMILIES:
+        raise ModelFolderError(
+            f"config.json: architectures {names!r} is not supported;"
+            f" supported are {', '.join(_FAMILIES)}"
+        )
+    return names[0], _FAMILIES[names[0]]
+
+
+def _sliding_window(hf: Mapping[str, Any], family: _Family) -> int | None:
+    window = hf.get("sliding_window", family.default_sliding_window)
+    if window is None or not _flag(hf, "use_sliding_window", default=not family.window_by_flag):
+        return None
+    return _size({"sliding_window": window}, "sliding_window")
+
+
+def _dtype(hf: Mapping[str, Any]) -> str:
+    name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ModelFolderError(
+            f"config.json: dtype {name!r} is not supported (float32, bfloat16, float16)"
+        )
+    return str(name)
+
+
+def _size(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer below 2^24: no real model is larger, and a typo must not allocate."""
+    value = default if hf.get(key) is None else hf[key]
+    if value is None:
+        raise ModelFolderError(f"config.json: {key} is missing")
+    if type(value) is not int or not 0 < value < 2**24:
+        raise ModelFolderError(
+            f"config.json: {key} must be an integer from 1 to 2^24 - 1, not {value!r}"
+        )
+    return value
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = default if hf.get(key) is None else hf[key]
+    if value is None:
+        raise ModelFolderError(f"config.json: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ModelFolderError(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    value = hf.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ModelFolderError(f"config.json: {key} must be true or false, not {value!r}")
+    return value
+
+
+def token_ids(value: object, name: str) -> tuple[int, ...]:
+    """Normalises a token id, a list of them or None, as Hugging Face files spell eos_token_id."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    if not all(type(v) is int and v >= 0 for v in values):
+        raise ModelFolderError(f"{name} must be a token id or a list of them, not {value!r}")
+    return tuple(values)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits and sizes of one engine; the names are vLLM's where vLLM has one.
+
+    page_size: tokens per KV page. max_num_seqs: rows decoded together. max_num_batched_tokens:
+    tokens one step may compute, decode rows first, prompt chunks in what is left.
+    max_model_len: None means what the model and the KV memory allow. kv_cache_memory_bytes: size
+    of the KV pool.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    page_size: int = 64
+    kv_cache_memory_bytes: int = 512 * 2**20
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.page_size not in (16, 32, 64, 128):
+            raise ConfigError(f"--page-size {self.page_size}: choose 16, 32, 64 or 128")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"--max-num-seqs {self.max_num_seqs} must be at least 1")
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} must exceed --max-num-seqs"
+                f" {self.max_num_seqs}, or a full batch leaves no room for prompts"
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"--max-model-len {self.max_model_len} must be at least 2")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed} must be from 0 to 2^32 - 1")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends; names and defaults are vLLM's.
+
+    temperature 0 is greedy. seed: with one, the same request gives the same tokens; without,
+    each is drawn afresh. stop: strings that end the text before them. stop_token_ids: further
+    ids that end it, beside the model's own end-of-sequence ids unless ignore_eos. max_tokens
+    None: until max_model_len. n: completions of one prompt, the i-th seeded with seed + i.
+
+    Raises `InvalidRequest` naming the parameter.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    max_tokens: int | None = 16
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check(type(self.n) is int and self.n >= 1, "n", "an integer of at least 1", self.n)
+        _check(
+            math.isfinite(self.temperature) and 0 <= self.temperature <= 2,
+            "temperature",
+            "a number from 0 to 2",
+            self.temperature,
+        )
+        _check(
+            self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
+            "max_tokens",
+            "an integer of at least 1, or None",
+            self.max_tokens,
+        )
+        _check(
+            self.seed is None or (type(self.seed) is int and -(2**63) <= self.seed < 2**63),
+            "seed",
+            "a 64-bit integer",
+            self.seed,
+        )
+        _check(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
+        _check(
+            all(type(t) is int and t >= 0 for t in self.stop_token_ids),
+            "stop_token_ids",
+            "token ids",
+            self.stop_token_ids,
+        )
+
+
+def _check(ok: bool, param: str, wanted: str, value: object) -> None:
+    if not ok:
+        raise InvalidRequest(f"{param} must be {wanted}, not {value!r}", param=param)

@@ -1,0 +1,1 @@
+"""Flax definitions of the models that DuetJAX serves."""

@@ -1,0 +1,1 @@
+"""What to run next, as pure functions of numbers: no jax, no clock, no threads."""
