@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from reprlib import repr as short  # values of hostile files may be megabytes long
 from typing import Any, Self
 
 
@@ -60,14 +61,20 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before)."""
-        scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         if not isinstance(scaling, Mapping):
-            raise ModelFolderError(f"config.json: rope_scaling must be an object, not {scaling!r}")
+            raise ModelFolderError(
+                f"config.json: rope_scaling must be an object, not {short(scaling)}"
+            )
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            raise ModelFolderError(
+                "config.json: rope_parameters per layer type are not supported; only one for all"
+            )
         theta = _number(scaling if "rope_theta" in scaling else hf, "rope_theta", 10_000.0)
         name = scaling.get("rope_type", scaling.get("type", "default"))
         if name not in list(RopeType):
             raise ModelFolderError(
-                f"config.json: rope type {name!r} is not supported;"
+                f"config.json: rope type {short(name)} is not supported;"
                 f" supported are {', '.join(RopeType)}"
             )
         partial = _number(hf, "partial_rotary_factor", 1.0)
@@ -99,15 +106,17 @@ class _Family:
     qkv_bias: bool | None  # None: the key `attention_bias` decides, for q, k, v and o alike
     qk_norm: bool = False
     mlp_bias_key: bool = False
-    default_sliding_window: int | None = None
+    default_sliding_window: int | None = None  # None: the family ignores the key
     window_by_flag: bool = False  # sliding_window counts only with use_sliding_window: true
 
 
 _FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(qkv_bias=None, mlp_bias_key=True),
     "MistralForCausalLM": _Family(qkv_bias=False, default_sliding_window=4096),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, window_by_flag=True),
-    "Qwen3ForCausalLM": _Family(qkv_bias=None, qk_norm=True, window_by_flag=True),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, default_sliding_window=4096, window_by_flag=True),
+    "Qwen3ForCausalLM": _Family(
+        qkv_bias=None, qk_norm=True, default_sliding_window=4096, window_by_flag=True
+    ),
 }
 
 
@@ -154,7 +163,9 @@ class ModelConfig:
                 " use the unquantised model"
             )
         if (act := hf.get("hidden_act", "silu")) != "silu":
-            raise ModelFolderError(f"config.json: hidden_act {act!r} is not supported (only silu)")
+            raise ModelFolderError(
+                f"config.json: hidden_act {short(act)} is not supported (only silu)"
+            )
         heads = _size(hf, "num_attention_heads")
         default_kv_heads = heads if architecture == "LlamaForCausalLM" else None
         kv_heads = _size(hf, "num_key_value_heads", default_kv_heads)
@@ -174,7 +185,7 @@ class ModelConfig:
             vocab_size=_size(hf, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_size(hf, "intermediate_size"),
-            num_layers=_size(hf, "num_hidden_layers"),
+            num_layers=_size(hf, "num_hidden_layers", below=2**12),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -194,16 +205,17 @@ class ModelConfig:
 
 def _family(hf: Mapping[str, Any]) -> tuple[str, _Family]:
     names = hf.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in _FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_FAMILIES):
         raise ModelFolderError(
-            f"config.json: architectures {names!r} is not supported;"
+            f"config.json: architectures {short(names)} is not supported;"
             f" supported are {', '.join(_FAMILIES)}"
         )
     return names[0], _FAMILIES[names[0]]
 
 
 def _sliding_window(hf: Mapping[str, Any], family: _Family) -> int | None:
-    window = hf.get("sliding_window", family.default_sliding_window)
+    default = family.default_sliding_window
+    window = None if default is None else hf.get("sliding_window", default)
     if window is None or not _flag(hf, "use_sliding_window", default=not family.window_by_flag):
         return None
     return _size({"sliding_window": window}, "sliding_window")
@@ -213,19 +225,21 @@ def _dtype(hf: Mapping[str, Any]) -> str:
     name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if name not in ("float32", "bfloat16", "float16"):
         raise ModelFolderError(
-            f"config.json: dtype {name!r} is not supported (float32, bfloat16, float16)"
+            f"config.json: dtype {short(name)} is not supported (float32, bfloat16, float16)"
         )
     return str(name)
 
 
-def _size(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer below 2^24: no real model is larger, and a typo must not allocate."""
+def _size(
+    hf: Mapping[str, Any], key: str, default: int | None = None, *, below: int = 2**24
+) -> int:
+    """A positive integer below a bound that no real model reaches: a typo must not allocate."""
     value = default if hf.get(key) is None else hf[key]
     if value is None:
         raise ModelFolderError(f"config.json: {key} is missing")
-    if type(value) is not int or not 0 < value < 2**24:
+    if type(value) is not int or not 0 < value < below:
         raise ModelFolderError(
-            f"config.json: {key} must be an integer from 1 to 2^24 - 1, not {value!r}"
+            f"config.json: {key} must be an integer from 1 to {below - 1}, not {short(value)}"
         )
     return value
 
@@ -234,8 +248,8 @@ def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> fl
     value = default if hf.get(key) is None else hf[key]
     if value is None:
         raise ModelFolderError(f"config.json: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelFolderError(f"config.json: {key} must be a positive number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ModelFolderError(f"config.json: {key} must be a positive number, not {short(value)}")
     return float(value)
 
 
@@ -244,7 +258,7 @@ def _flag(hf: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ModelFolderError(f"config.json: {key} must be true or false, not {value!r}")
+        raise ModelFolderError(f"config.json: {key} must be true or false, not {short(value)}")
     return value
 
 
@@ -253,9 +267,9 @@ def token_ids(value: object, name: str) -> tuple[int, ...]:
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
-    if not all(type(v) is int and v >= 0 for v in values):
-        raise ModelFolderError(f"{name} must be a token id or a list of them, not {value!r}")
-    return tuple(values)
+    if not all(type(v) is int and 0 <= v < 2**31 for v in values):
+        raise ModelFolderError(f"{name} must be a token id or a list of them, not {short(value)}")
+    return tuple(dict.fromkeys(values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from duetjax.config import SamplingParams
+
 
 class FinishReason(StrEnum):
     """Why a generation ended, in OpenAI's words where it has them."""
@@ -30,9 +32,37 @@ class NewRequest:
     stop_ids: frozenset[int] = frozenset()
 
 
+def new_requests(
+    request_id: str,
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    *,
+    eos_token_ids: tuple[int, ...],
+    room: int,
+) -> tuple[NewRequest, ...]:
+    """The n generations of one prompt, with ids `request_id`-0, -1 and so on.
+
+    room: max_tokens where params leave it open. params.seed must be set by now.
+    """
+    assert params.seed is not None, f"{request_id} has no seed"
+    eos = () if params.ignore_eos else eos_token_ids
+    stop_ids = frozenset((*eos, *params.stop_token_ids))
+    return tuple(
+        NewRequest(
+            id=f"{request_id}-{index}",
+            prompt=prompt,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            temperature=params.temperature,
+            seed=(params.seed + index) % 2**64,
+            stop_ids=stop_ids,
+        )
+        for index in range(params.n)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step produced for one request; times are the engine's clock in seconds.
+    """What one step produced for one request.
 
     token_ids: newly sampled ids, in order, never empty unless finish says why it ended.
     """

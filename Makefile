@@ -1,0 +1,66 @@
+# Every target works in $(VENV), which is made on first use and brought up to date when pyproject.toml
+# or a lock file changes. `make test LATEST=1` resolves the newest allowed packages in another one.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint types lock newest
+
+VENV := $(if $(LATEST),.venv-latest,.venv)
+PY := $(VENV)/bin/python
+LOCKED_JAX := 0.11.2
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(VENV)/.installed  ## make .venv with the run-time packages
+
+demo: setup  ## answer questions with the checkpoint that ships here
+	$(PY) benchmarks/demo.py
+
+test: lint types  ## ruff, mypy and pytest (import rules included); LATEST=1: newest packages
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-dev  ## ruff's rules and format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+types: $(VENV)/.installed-dev  ## mypy --strict
+	$(PY) -m mypy
+
+lock:  ## resolve both lock files anew, with jax at LOCKED_JAX
+	[[ -x build/lock/bin/uv ]] || \
+		{ python=$$(.ci/python) && "$$python" -m venv build/lock && build/lock/bin/pip install -q uv; }
+	$(RESOLVE) --constraint <(echo jax==$(LOCKED_JAX)) -o requirements.lock pyproject.toml
+	$(RESOLVE) --constraint requirements.lock --extra dev -o requirements-dev.lock pyproject.toml
+RESOLVE := build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.12 \
+	--generate-hashes --no-annotate --custom-compile-command 'make lock'
+
+# Installing with uv takes seconds, with pip about a minute; both take the same files by their hashes.
+ifneq ($(shell command -v uv),)
+new_venv = uv venv --quiet --python "$$python"
+install = uv pip install --python $(PY)
+else
+new_venv = "$$python" -m venv
+install = $(PY) -m pip --disable-pip-version-check --no-input install --no-compile
+endif
+
+# An interrupted installer leaves packages that only look installed. So it runs while the stamps are
+# away, and a set-up that finds no stamp starts from an empty environment.
+.venv/.installed: pyproject.toml requirements.lock
+	[[ -e $@ ]] || { python=$$(.ci/python) && rm -rf .venv && $(new_venv) .venv; }
+	rm -f .venv/.installed .venv/.installed-dev
+	$(install) --no-deps --require-hashes -r requirements.lock
+	$(install) --no-deps -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.lock
+	rm -f .venv/.installed
+	$(install) --no-deps --require-hashes -r requirements-dev.lock
+	touch .venv/.installed $@
+
+.venv-latest/.installed .venv-latest/.installed-dev: newest ;
+newest:
+	python=$$(.ci/python) && rm -rf .venv-latest && $(new_venv) .venv-latest
+	$(install) -e '.[dev]'

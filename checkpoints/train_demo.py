@@ -1,0 +1,131 @@
+"""Trains the demo checkpoint from nothing, on text that corpus.py writes: seeded, on the CPU.
+
+`python checkpoints/train_demo.py` writes checkpoints/demo (see README.md beside this file);
+`--documents` makes a shorter run and `--output` another folder.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import corpus
+import demo_folder
+from chat_format import Encoded, encode, train_tokenizer
+from duetjax.config import ModelConfig
+from duetjax.model.decoder import Decoder, causal_attention
+
+SEED = 7
+BATCH_TOKENS = 4096
+WIDTHS = (48, 64, 80, 112, 192, 384, 1024)  # columns of a batch; longer documents are cut
+PEAK_LEARNING_RATE = 2.5e-3
+WARM_UP_STEPS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one width: tokens int32 [B, N] and the loss weight of each, float32 [B, N]."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+def batches(documents: Sequence[Encoded], rng: np.random.Generator) -> list[Batch]:
+    """Rows of similar length together, in random order; every batch has BATCH_TOKENS tokens."""
+    by_width: dict[int, list[Encoded]] = {width: [] for width in WIDTHS}
+    for document in documents:
+        fitting = (width for width in WIDTHS if len(document.ids) <= width)
+        by_width[next(fitting, WIDTHS[-1])].append(document)
+    made = []
+    for width, rows in by_width.items():
+        size = BATCH_TOKENS // width
+        made += [_batch(rows[i : i + size], size, width) for i in range(0, len(rows), size)]
+    return [made[i] for i in rng.permutation(len(made))]
+
+
+def _batch(rows: Sequence[Encoded], size: int, width: int) -> Batch:
+    tokens = np.zeros((size, width), np.int32)
+    weights = np.zeros((size, width), np.float32)
+    for row, document in enumerate(rows):
+        length = min(len(document.ids), width)
+        tokens[row, :length] = document.ids[:length]
+        weights[row, :length] = document.weights[:length]
+    return Batch(tokens, weights)
+
+
+def loss(decoder: Decoder, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted mean cross-entropy of each next token; tokens and weights [B, N]."""
+    positions = jnp.arange(tokens.shape[1] - 1)
+    logits = decoder.logits(decoder(tokens[:, :-1], positions, causal_attention))
+    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.sum(entropies * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+
+
+def train(decoder: Decoder, order: Sequence[Batch]) -> Iterator[float]:
+    """Takes one step a batch, in place; yields each step's loss."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, PEAK_LEARNING_RATE, WARM_UP_STEPS, len(order), 0.02 * PEAK_LEARNING_RATE
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=_matrices),
+    )
+    graph, weights = nnx.split(decoder)
+    state = optimizer.init(weights)
+
+    @jax.jit(donate_argnums=(0, 1))
+    def step(weights, state, tokens, loss_weights):  # noqa: ANN001, ANN202
+        value, gradients = jax.value_and_grad(
+            lambda w: loss(nnx.merge(graph, w), tokens, loss_weights)
+        )(weights)
+        updates, state = optimizer.update(gradients, state, weights)
+        return optax.apply_updates(weights, updates), state, value
+
+    for batch in order:
+        weights, state, value = step(weights, state, batch.tokens, batch.weights)
+        yield float(value)
+    nnx.update(decoder, weights)
+
+
+def _matrices(weights: nnx.State) -> nnx.State:
+    """What weight decay applies to: projections and embeddings, not the norms."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, weights)
+
+
+def named(decoder: Decoder) -> dict[str, np.ndarray]:
+    """A decoder's weights by their Hugging Face names."""
+    leaves = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in leaves}
+
+
+def main() -> None:
+    """Writes the text, trains tokenizer and model on it, and saves the folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--documents", type=int, default=corpus.DOCUMENTS, help="texts to train on")
+    parser.add_argument("--output", type=Path, default=demo_folder.DEMO, help="folder to write")
+    options = parser.parse_args()
+    started = time.monotonic()
+    documents = list(corpus.documents(options.documents))
+    tokenizer = train_tokenizer(document.text() for document in documents)
+    order = batches(encode(tokenizer, documents), np.random.default_rng(SEED))
+    decoder = Decoder(ModelConfig.from_hf(demo_folder.CONFIG), nnx.Rngs(SEED))
+    print(f"{len(documents)} documents, {len(order)} steps, {time.monotonic() - started:.0f} s")
+    recent = 0.0
+    for number, value in enumerate(train(decoder, order), 1):
+        recent = value if number == 1 else 0.95 * recent + 0.05 * value
+        if number % 50 == 0 or number == len(order):
+            spent = time.monotonic() - started
+            left = spent / number * (len(order) - number)
+            print(f"step {number}: loss {recent:.3f}, {spent:.0f} s, {left:.0f} s left", flush=True)
+    demo_folder.write(options.output, tokenizer, named(decoder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Puts a serving engine together: model folder -> memory plan -> weights -> programs -> engine.
+
+The one place that knows every part; `cli` and `llm` build their engine here.
+"""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from duetjax.checkpoint.dummy import dummy_weights
+from duetjax.checkpoint.huggingface import read_weights
+from duetjax.checkpoint.source import (
+    LoadFormat,
+    ModelSource,
+    SourceKind,
+    check_context,
+    resolve_model,
+)
+from duetjax.config import EngineConfig, ModelConfig, SamplingParams
+from duetjax.engine import EngineClient
+from duetjax.policy.request import NewRequest, new_requests
+from duetjax.policy.scheduler import Scheduler, SchedulerLimits
+from duetjax.runtime.executor import JaxExecutor
+from duetjax.runtime.memory import MemoryPlan, plan_memory
+from duetjax.runtime.programs import Buckets, Programs
+from duetjax.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+_MAX_PREFILL_ROWS = 8
+_SMALLEST_PREFILL = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """Which model to load: the --model, --tokenizer, --chat-template and --load-format flags."""
+
+    model: str | None = None
+    tokenizer: str | None = None
+    chat_template: Path | None = None
+    load_format: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to serve; `engine` is built but not started.
+
+    tokenizer is None for a preset named without --tokenizer. defaults: the sampling parameters
+    of requests that leave them out.
+    """
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    defaults: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    engine: EngineClient
+    _seeds: random.Random = field(repr=False)
+
+    def new_requests(
+        self, request_id: str, prompt: tuple[int, ...], params: SamplingParams
+    ) -> tuple[NewRequest, ...]:
+        """The engine's requests for a prompt's n completions; draws a seed where none is given."""
+        if params.seed is None:
+            params = replace(params, seed=self._seeds.getrandbits(62))
+        room = max(1, self.max_model_len - len(prompt))
+        eos = self.eos_token_ids
+        return new_requests(request_id, prompt, params, eos_token_ids=eos, room=room)
+
+
+def load(request: ModelRequest, engine: EngineConfig) -> LoadedModel:
+    """Loads weights and compiles every program, saying what it does; takes seconds to minutes.
+
+    Raises `DuetJAXError` with one line for whatever the caller can mend.
+    """
+    source = resolve_model(request.model, load_format=request.load_format)
+    _log.info(source.description)
+    if source.generation.ignored:
+        _log.warning(
+            "generation_config.json: %s not supported yet, ignored",
+            ", ".join(source.generation.ignored),
+        )
+    tokenizer = _tokenizer(source, request)
+    client, plan = build_engine(source, engine, load_format=request.load_format)
+    return LoadedModel(
+        name=source.name,
+        config=source.config,
+        tokenizer=tokenizer,
+        defaults=_defaults(source),
+        eos_token_ids=source.generation.eos_token_ids,
+        max_model_len=plan.max_model_len,
+        engine=client,
+        _seeds=random.Random(engine.seed),
+    )
+
+
+def build_engine(
+    source: ModelSource, engine: EngineConfig, *, load_format: str = "auto"
+) -> tuple[EngineClient, MemoryPlan]:
+    """An engine that has its weights and programs and waits for `start`."""
+    config = source.config
+    dtype = config.dtype if engine.dtype == "auto" else engine.dtype
+    plan = plan_memory(config, engine, dtype)
+    check_context(config, plan.max_model_len)
+    programs = Programs(config, dtype, plan.layout, _buckets(engine, plan))
+    weights = _load_weights(source, programs, load_format, engine.seed)
+    _compile(programs)
+    executor = JaxExecutor(programs, programs.definition.ordered(weights), engine.max_num_seqs)
+    scheduler = Scheduler(_limits(engine, plan, programs.buckets))
+    return EngineClient(scheduler, executor, vocab_size=config.vocab_size), plan
+
+
+def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
+    """Decode rows in powers of 2 from 2; prefill tokens in powers of 4 up to the token budget."""
+    rows = max(1, math.ceil(math.log2(engine.max_num_seqs)))
+    largest = min(engine.max_num_batched_tokens, _MAX_PREFILL_ROWS * plan.max_model_len)
+    prefill = [largest]
+    while prefill[0] > 4 * _SMALLEST_PREFILL:
+        prefill.insert(0, prefill[0] // 4)
+    return Buckets(
+        decode=tuple(2**power for power in range(1, rows + 1)),
+        prefill=tuple(prefill),
+        prefill_rows=_MAX_PREFILL_ROWS,
+        table_width=plan.table_width,
+    )
+
+
+def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> SchedulerLimits:
+    return SchedulerLimits(
+        num_pages=plan.layout.num_pages,
+        page_size=plan.layout.page_size,
+        num_slots=engine.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        decode_buckets=shapes.decode,
+        prefill_buckets=shapes.prefill,
+        max_prefill_rows=shapes.prefill_rows,
+    )
+
+
+def _tokenizer(source: ModelSource, request: ModelRequest) -> Tokenizer | None:
+    if request.tokenizer is not None:
+        folder: Path | None = Path(request.tokenizer)
+    else:
+        folder = source.folder
+    if folder is None:
+        assert source.kind is SourceKind.PRESET, f"{source.kind} without a folder"
+        return None
+    return Tokenizer.from_folder(folder, chat_template=request.chat_template)
+
+
+def _load_weights(
+    source: ModelSource, programs: Programs, load_format: str, seed: int
+) -> Mapping[str, jax.Array]:
+    """Every tensor on the device, in the serving dtype."""
+    shapes, dtype = programs.definition.shapes, np.dtype(jnp.dtype(programs.dtype))
+    if load_format == LoadFormat.DUMMY:
+        tensors = dummy_weights(shapes, dtype, seed)
+    else:
+        assert source.folder is not None, f"{source.name} has no weights to load"
+        tensors = read_weights(source.folder, shapes, dtype)
+    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    weights = {}
+    with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True) as bar:
+        for name, tensor in tensors:
+            weights[name] = jnp.asarray(tensor)
+            bar.update(tensor.nbytes)
+    return weights
+
+
+def _compile(programs: Programs) -> None:
+    started = time.perf_counter()
+    for key in tqdm(list(programs.buckets), desc="compiling programs", unit="program"):
+        programs.compile(key)
+    _log.info("compiled in %.1f s", time.perf_counter() - started)
+
+
+def _defaults(source: ModelSource) -> SamplingParams:
+    """generation_config.json's recommendations over the API's defaults."""
+    generation, defaults = source.generation, SamplingParams()
+    temperature, max_tokens = generation.temperature, generation.max_tokens
+    return SamplingParams(
+        temperature=defaults.temperature if temperature is None else temperature,
+        max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
+    )

@@ -1,0 +1,256 @@
+"""The engine's loop on its own thread, and `EngineClient`, the only door to it.
+
+One round: take in what was submitted and aborted -> plan -> submit -> commit -> hand the outputs
+on. Knows neither text nor HTTP nor devices; what goes in and comes out are plain values.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from duetjax.config import DuetJAXError, InvalidRequest
+from duetjax.policy.launch import Executor
+from duetjax.policy.request import FinishReason, NewRequest, RequestOutput
+from duetjax.policy.scheduler import Scheduler, Stats
+
+_log = logging.getLogger(__name__)
+
+
+class EngineDead(DuetJAXError):
+    """The engine takes no more requests: it has failed or was shut down."""
+
+
+class _Phase(Enum):
+    NEW = "new"
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    id: str
+
+
+class EngineClient:
+    """Submits generations to an engine thread and hands back their tokens, step by step.
+
+    `submit`, `abort`, `stats` and the properties may be used from any thread. Every submitted
+    request gets exactly one output with a finish reason, whatever happens to the engine; the one
+    exception is under `start`.
+
+    vocab_size bounds the token ids of prompts. clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        vocab_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler  # after start(), touched by the engine thread alone
+        self._executor = executor  # likewise
+        self._limits = scheduler.limits
+        self._vocab_size = vocab_size
+        self._clock = clock
+        self._thread = threading.Thread(target=self._run, name="duetjax-engine", daemon=True)
+        self._stats = scheduler.stats()
+        # _wakeup guards what follows; it is held for moments, never while a step or callback runs.
+        self._wakeup = threading.Condition()
+        self._phase = _Phase.NEW
+        self._inbox: list[NewRequest | _Abort] = []
+        self._live: dict[str, None] = {}  # ids without a final output yet, oldest first
+        self._round_began: float | None = None  # None while the thread sleeps for want of work
+        self._failure: BaseException | None = None
+
+    def start(self, on_outputs: Callable[[tuple[RequestOutput, ...]], None]) -> None:
+        """Starts the engine thread, which calls `on_outputs` with all outputs of a step at once.
+
+        The next step waits for `on_outputs`, so it should only pass the batch on. If it raises,
+        nobody knows who was told what: the engine fails as if the device had, and every live
+        request, those of the lost batch included, is offered an ERROR output in a last call.
+        """
+        self._on_outputs = on_outputs
+        with self._wakeup:
+            assert self._phase is _Phase.NEW, f"start() of an engine that is {self._phase.value}"
+            self._phase = _Phase.RUNNING
+        self._thread.start()
+
+    def submit(self, new: NewRequest) -> None:
+        """Queues a request without waiting.
+
+        Raises `InvalidRequest` for one that can never run or whose id is in use, `EngineDead`
+        after a failure or shutdown; then it gets no output.
+        """
+        self._limits.check(new)
+        self._check_token_ids(new.prompt)
+        with self._wakeup:
+            if self._phase is not _Phase.RUNNING:
+                raise EngineDead(self._why_not_running())
+            if new.id in self._live:
+                raise InvalidRequest(f"request id {new.id!r} is already in use; choose another")
+            self._live[new.id] = None
+            self._inbox.append(new)
+            self._wakeup.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Asks for a request to end before the next step; of no effect if it already has.
+
+        Its last output then says ABORT, or how it finished if a step got there first.
+        """
+        with self._wakeup:
+            if request_id in self._live:
+                self._inbox.append(_Abort(request_id))
+                self._wakeup.notify()
+
+    def stats(self) -> Stats:
+        """The scheduler as of the last step's end, never older than the last outputs."""
+        return self._stats
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What killed the engine, None unless it is dead."""
+        return self._failure
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine thread runs and takes requests, however busy it is."""
+        return self._phase is _Phase.RUNNING and self._thread.is_alive()
+
+    @property
+    def last_tick(self) -> float:
+        """When the round in progress began, by the engine's clock; now, where the engine is idle.
+
+        Its age is how long one step has taken so far: a device that hangs shows here.
+        """
+        began = self._round_began
+        return self._clock() if began is None else began
+
+    def shutdown(self, timeout: float) -> bool:
+        """Ends the step in progress, then every live request with ABORT, then the thread.
+
+        False if the thread is still stuck in its step after `timeout` seconds: the live requests
+        have then been given ERROR outputs from the calling thread, `failure` says why, and what
+        the step may yet bring is dropped. May be called twice, but not from `on_outputs`.
+        """
+        with self._wakeup:
+            was_started = self._phase is not _Phase.NEW
+            self._phase = _Phase.CLOSED
+            self._wakeup.notify()
+        if not was_started:
+            return True
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._fail(TimeoutError(f"the step in progress did not end within {timeout} s"))
+            return False
+        return True
+
+    def _check_token_ids(self, prompt: tuple[int, ...]) -> None:
+        """Refuses ids outside [0, vocab_size): the device would clamp them without a word."""
+        if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            at, wrong = next(
+                (i, t)
+                for i, t in enumerate(prompt)
+                if type(t) is not int or not 0 <= t < self._vocab_size
+            )
+            raise InvalidRequest(
+                f"prompt token {at} is {wrong!r}; token ids are integers from 0 to"
+                f" {self._vocab_size - 1}",
+                param="prompt",
+            )
+
+    def _why_not_running(self) -> str:
+        assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
+        if self._failure is None:
+            return "the engine has been shut down; start the server again"
+        return f"the engine has failed ({self._failure!r}); see its log and start the server again"
+
+    # What follows runs on the engine thread.
+
+    def _run(self) -> None:
+        try:
+            while (inbox := self._next_inbox()) is not None:
+                aborted = self._take_in(inbox)
+                sampled = self._step()
+                self._stats = self._scheduler.stats()
+                self._publish((*aborted, *sampled))
+            self._abort_all()
+        except BaseException as failure:  # whatever it is, nobody may be left waiting
+            _log.critical("the engine failed and takes no more requests", exc_info=failure)
+            self._fail(failure)
+
+    def _next_inbox(self) -> list[NewRequest | _Abort] | None:
+        """Sleeps until there is work; what came in since the last round, None once closed."""
+        with self._wakeup:
+            self._round_began = None
+            while not (self._inbox or self._scheduler.has_work or self._phase is _Phase.CLOSED):
+                self._wakeup.wait()
+            self._round_began = self._clock()
+            if self._phase is _Phase.CLOSED:
+                return None
+            inbox, self._inbox = self._inbox, []
+            return inbox
+
+    def _take_in(self, inbox: Iterable[NewRequest | _Abort]) -> list[RequestOutput]:
+        """Applies submissions and aborts in the order in which they came."""
+        aborted = []
+        for item in inbox:
+            if isinstance(item, NewRequest):
+                self._scheduler.add(item)
+            elif self._scheduler.abort(item.id):
+                aborted.append(RequestOutput(item.id, (), FinishReason.ABORT))
+        return aborted
+
+    def _step(self) -> list[RequestOutput]:
+        launches = self._scheduler.plan(self._clock())
+        tickets = [self._executor.submit(launch) for launch in launches]
+        outputs: list[RequestOutput] = []
+        for launch, ticket in zip(launches, tickets, strict=True):
+            sampled = self._executor.result(ticket)
+            outputs += self._scheduler.commit(launch, sampled, self._clock())
+        return outputs
+
+    def _publish(self, outputs: tuple[RequestOutput, ...]) -> None:
+        """Hands on the outputs of live requests; the finished ones' ids are free from here on."""
+        with self._wakeup:
+            outputs = tuple(output for output in outputs if output.id in self._live)
+            finished = [output.id for output in outputs if output.finish is not None]
+            for request_id in finished:
+                del self._live[request_id]
+        if not outputs:
+            return
+        try:
+            self._on_outputs(outputs)
+        except BaseException:
+            with self._wakeup:  # perhaps never told that they finished: tell them of the failure
+                self._live.update(dict.fromkeys(finished))
+            raise
+
+    def _abort_all(self) -> None:
+        """After shutdown: gives back what live requests hold and tells them, once each."""
+        with self._wakeup:
+            self._inbox.clear()
+            live = tuple(self._live)
+        for request_id in live:
+            self._scheduler.abort(request_id)
+        self._stats = self._scheduler.stats()
+        self._publish(tuple(RequestOutput(i, (), FinishReason.ABORT) for i in live))
+
+    def _fail(self, failure: BaseException) -> None:
+        """Marks the engine dead and gives every live request its last output."""
+        with self._wakeup:
+            self._phase = _Phase.CLOSED
+            self._failure = self._failure or failure
+            self._inbox.clear()
+            ended = tuple(RequestOutput(i, (), FinishReason.ERROR) for i in self._live)
+            self._live.clear()
+        if not ended:
+            return
+        try:
+            self._on_outputs(ended)
+        except Exception:
+            _log.exception("on_outputs raised; %d requests may not know of the failure", len(ended))

@@ -1,0 +1,333 @@
+"""The Python API: `LLM` generates from prompts, in the caller's process, on the server's engine.
+
+from duetjax import LLM, SamplingParams
+with LLM() as llm:                              # no model named: the demo checkpoint
+    [out] = llm.generate("What is TTFT?", SamplingParams(max_tokens=64))
+    print(out.outputs[0].text)
+"""
+
+import itertools
+import queue
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeGuard
+
+from tqdm import tqdm
+
+from duetjax.build import LoadedModel, ModelRequest, load
+from duetjax.config import EngineConfig, InvalidRequest, SamplingParams
+from duetjax.engine import EngineDead
+from duetjax.policy.request import FinishReason
+from duetjax.policy.request import RequestOutput as EngineOutput
+from duetjax.text.stream import TextStream
+from duetjax.text.tokenizer import Tokenizer
+
+type Prompt = str | Sequence[int]
+type Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """When things happened to one completion, in seconds since its submission.
+
+    token_times: when each token reached this process; the first one is the TTFT, and the
+    differences are the times between tokens.
+    """
+
+    token_times: tuple[float, ...]
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token; None where there was none."""
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def tbt(self) -> tuple[float, ...]:
+        """Times between consecutive tokens."""
+        return tuple(b - a for a, b in itertools.pairwise(self.token_times))
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion of a prompt. finish_reason: "stop" or "length"."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A prompt and its `n` completions, in order. prompt is None where token ids were given."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a streamed completion; finish_reason is set on the last one."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class _Completion:
+    """A completion in the making: collects what the engine sends; no stream, no text."""
+
+    stream: TextStream | None
+    submitted: float
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    finish: str | None = None
+
+    def take(self, output: EngineOutput, now: float) -> Delta:
+        """Adds one step's tokens; `finish` is set when a stop string or the engine ended it."""
+        text = ""
+        if self.stream is not None:
+            delta = self.stream.push(output.token_ids)
+            text = delta.text
+            if delta.stopped:
+                self.finish = FinishReason.STOP.value
+            elif output.finish is not None:
+                text += self.stream.finish()
+        if self.finish is None and output.finish is not None:
+            self.finish = output.finish.value
+        self.text.append(text)
+        self.token_ids += output.token_ids
+        self.token_times += [now - self.submitted] * len(output.token_ids)
+        return Delta(text, output.token_ids, self.finish)
+
+    def output(self, index: int) -> CompletionOutput:
+        """The finished completion."""
+        assert self.finish is not None, f"completion {index} has not finished"
+        text, ids = "".join(self.text), tuple(self.token_ids)
+        return CompletionOutput(index, text, ids, self.finish, Timings(tuple(self.token_times)))
+
+
+class LLM:
+    """A model with its engine, ready to generate; close it, or use it in a `with` block.
+
+    model: a folder, preset name or hub id; None is the bundled demo. tokenizer: another folder to
+    take the tokenizer from. load_format: "auto" or "dummy" (random weights). Everything else is
+    a field of `EngineConfig`. Raises `DuetJAXError` with one line that says what to do. Methods
+    may be called from several threads.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tokenizer: str | None = None,
+        load_format: str = "auto",
+        **engine: Any,
+    ) -> None:
+        source = ModelRequest(model, tokenizer=tokenizer, load_format=load_format)
+        self._model = load(source, EngineConfig(**engine))
+        self._ids = itertools.count()
+        self._queues: dict[str, queue.SimpleQueue[EngineOutput]] = {}
+        self._model.engine.start(self._route)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults, from its generation_config.json."""
+        return self._model.defaults
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts, batched; one result per prompt, in order.
+
+        prompts: a text, a list of token ids, or a list of these. sampling_params: one for all or
+        one each; None is the model's defaults. Raises `InvalidRequest` for a prompt or parameter
+        that cannot be served; then nothing of the batch goes on running.
+        """
+        batch: Sequence[Prompt] = [prompts] if _is_prompt(prompts) else prompts
+        texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
+        return self._run(texts, [self._encode(p) for p in batch], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, through the model's chat template."""
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        batch = [messages] if single else list(messages)
+        encoded = [tuple(self._tokenizer().encode_chat(m)) for m in batch]
+        return self._run([None] * len(batch), encoded, sampling_params, use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Completes one prompt piece by piece; dropping the iterator aborts the generation."""
+        yield from self._stream(self._encode(prompt), sampling_params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Answers one conversation piece by piece; dropping the iterator aborts it."""
+        yield from self._stream(tuple(self._tokenizer().encode_chat(messages)), sampling_params)
+
+    def close(self) -> None:
+        """Ends what is running and frees the engine; safe to call twice."""
+        self._model.engine.shutdown(timeout=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        texts: list[str | None],
+        prompts: list[tuple[int, ...]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _one_each(sampling_params or self._model.defaults, len(prompts))
+        groups: list[list[_Completion]] = []
+        with self._call() as call:
+            for prompt, one in zip(prompts, params, strict=True):
+                groups.append(call.submit(prompt, one))
+            total = sum(map(len, groups))
+            with tqdm(total=total, desc="generating", disable=not use_tqdm) as bar:
+                for completion, _ in call.deltas():
+                    bar.update(completion.finish is not None)
+        return [
+            RequestOutput(text, prompt, tuple(c.output(i) for i, c in enumerate(group)))
+            for text, prompt, group in zip(texts, prompts, groups, strict=True)
+        ]
+
+    def _stream(self, prompt: tuple[int, ...], params: SamplingParams | None) -> Iterator[Delta]:
+        params = params or self._model.defaults
+        if params.n != 1:
+            raise InvalidRequest(f"n must be 1 for a stream, not {params.n}", param="n")
+        with self._call() as call:
+            call.submit(prompt, params)
+            for _, delta in call.deltas():
+                yield delta
+
+    def _call(self) -> "_Call":
+        return _Call(self._model, f"llm-{next(self._ids)}", self._queues)
+
+    def _route(self, outputs: tuple[EngineOutput, ...]) -> None:
+        """On the engine thread: hands each output to the call that waits for it, if one does."""
+        for output in outputs:
+            waiting = self._queues.get(output.id)
+            if waiting is not None:
+                waiting.put(output)
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._model.tokenizer is None:
+            raise InvalidRequest(
+                f"model {self._model.name} has no tokenizer: give token ids, or name a folder that"
+                " has one as `tokenizer`"
+            )
+        return self._model.tokenizer
+
+
+class _Call:
+    """The generations of one API call; leaving it aborts those that have not ended."""
+
+    def __init__(
+        self, model: LoadedModel, name: str, queues: dict[str, queue.SimpleQueue[EngineOutput]]
+    ) -> None:
+        self._model = model
+        self._name = name
+        self._queues = queues
+        self._inbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
+        self._live: dict[str, _Completion] = {}
+        self._ids = itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for request_id in list(self._live):
+            self._model.engine.abort(request_id)
+            self._forget(request_id)
+
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams) -> list[_Completion]:
+        """Starts the n completions of a prompt."""
+        completions = []
+        name = f"{self._name}-{next(self._ids)}"
+        for new in self._model.new_requests(name, prompt, params):
+            completion = _Completion(self._stream(params), time.perf_counter())
+            self._live[new.id] = completion
+            self._queues[new.id] = self._inbox
+            self._model.engine.submit(new)
+            completions.append(completion)
+        return completions
+
+    def deltas(self) -> Iterator[tuple[_Completion, Delta]]:
+        """What arrives, until every completion has ended; raises if the engine dies."""
+        while self._live:
+            output = self._inbox.get()
+            completion = self._live.get(output.id)
+            if completion is None:
+                continue  # its stop string came first
+            if output.finish is FinishReason.ERROR:
+                raise EngineDead(f"the engine failed: {self._model.engine.failure!r}")
+            delta = completion.take(output, time.perf_counter())
+            if completion.finish is not None:
+                if output.finish is None:
+                    self._model.engine.abort(output.id)
+                self._forget(output.id)
+            yield completion, delta
+
+    def _stream(self, params: SamplingParams) -> TextStream | None:
+        if self._model.tokenizer is not None:
+            return TextStream(
+                self._model.tokenizer, tuple(params.stop), params.include_stop_str_in_output
+            )
+        if params.stop:
+            raise InvalidRequest("stop strings need a model with a tokenizer", param="stop")
+        return None
+
+    def _forget(self, request_id: str) -> None:
+        del self._live[request_id], self._queues[request_id]
+
+
+def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
+    """Whether this is one prompt (text or token ids) rather than a list of them."""
+    return isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
+    )
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams], count: int
+) -> Sequence[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequest(f"{len(params)} sampling_params were given for {count} prompts")
+    return params

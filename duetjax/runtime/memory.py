@@ -1,0 +1,44 @@
+"""How many KV pages fit, and the longest context that leaves."""
+
+from dataclasses import dataclass
+
+from duetjax.config import ConfigError, EngineConfig, ModelConfig
+from duetjax.model.kv_pages import KVLayout
+
+_PAGE_STEP = 256  # large pools are rounded, so that a little more memory is not a new program
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The KV layout and the context length that it was sized for."""
+
+    layout: KVLayout
+    max_model_len: int
+
+    @property
+    def table_width(self) -> int:
+        """Page-table entries M per row."""
+        return -(-self.max_model_len // self.layout.page_size)
+
+
+def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str) -> MemoryPlan:
+    """Sizes the KV pool: all that max_num_seqs full contexts need, as far as the memory allows.
+
+    Where max_model_len is left open it is the model's, or less if one such context does not fit.
+    Raises `ConfigError` naming the flag when what was asked for does not fit.
+    """
+    page_bytes = KVLayout.of(model, 1, engine.page_size, dtype).page_bytes
+    fit = engine.kv_cache_memory_bytes // page_bytes
+    room = (fit - 1) * engine.page_size  # page 0 is the dummy
+    wanted = engine.max_model_len or min(model.max_position_embeddings, room)
+    if wanted > room or wanted < 2:
+        need = (-(-max(wanted, 2) // engine.page_size) + 1) * page_bytes
+        raise ConfigError(
+            f"one context of {wanted} tokens needs {need} bytes of KV pages, but"
+            f" --kv-cache-memory-bytes is {engine.kv_cache_memory_bytes}; raise it or lower"
+            " --max-model-len"
+        )
+    pages = min(fit, engine.max_num_seqs * -(-wanted // engine.page_size) + 1)
+    pages = pages // _PAGE_STEP * _PAGE_STEP or pages
+    layout = KVLayout.of(model, pages, engine.page_size, dtype)
+    return MemoryPlan(layout, wanted)

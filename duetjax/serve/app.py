@@ -1,0 +1,116 @@
+"""The Starlette application: routes, and what every request passes through."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from duetjax.config import InvalidRequest
+from duetjax.serve.admission import Admission
+from duetjax.serve.auth import BearerAuth
+from duetjax.serve.chat import prepare_chat
+from duetjax.serve.completions import prepare_completion
+from duetjax.serve.context import Context, Service
+from duetjax.serve.dispatch import Dispatcher
+from duetjax.serve.endpoint import GenerationEndpoint
+from duetjax.serve.errors import HttpError, handle_fault, model_not_found
+from duetjax.serve.metrics import Metrics
+from duetjax.serve.request_ids import RequestIds
+
+
+def create_app(service: Service) -> Starlette:
+    """The endpoint as an ASGI application; its start-up starts the engine.
+
+    `app.state.context` is the `Context` that the routes share.
+    """
+    context = Context(
+        service, Dispatcher(), Admission(), Metrics(service.client, service.model_names[0])
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        context.dispatcher.bind(asyncio.get_running_loop())
+        service.client.start(context.dispatcher.on_outputs)
+        yield
+
+    app = Starlette(
+        routes=_routes(context),
+        middleware=[Middleware(RequestIds), Middleware(BearerAuth, api_key=service.api_key)],
+        exception_handlers={
+            HttpError: handle_fault,
+            InvalidRequest: handle_fault,
+            HTTPException: handle_fault,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.context = context
+    return app
+
+
+def _routes(context: Context) -> list[Route]:
+    service = context.service
+    return [
+        Route(
+            "/v1/completions",
+            GenerationEndpoint(context, prepare_completion),
+            methods=["POST"],
+        ),
+        Route(
+            "/v1/chat/completions",
+            GenerationEndpoint(context, prepare_chat),
+            methods=["POST"],
+        ),
+        Route("/v1/models", partial(_list_models, service)),
+        Route("/v1/models/{id:path}", partial(_show_model, service)),
+        Route("/health", partial(_show_health, context)),
+        Route("/metrics", partial(_show_metrics, context)),
+    ]
+
+
+async def _list_models(service: Service, request: Request) -> Response:
+    models = [_model(service, name) for name in service.model_names]
+    return _json({"object": "list", "data": models})
+
+
+async def _show_model(service: Service, request: Request) -> Response:
+    name = request.path_params["id"]
+    if name not in service.model_names:
+        raise model_not_found(name, service.model_names)
+    return _json(_model(service, name))
+
+
+async def _show_health(context: Context, request: Request) -> Response:
+    """Whether work can be done here, however busy the engine is."""
+    context.admission.check_open()
+    if not context.service.client.is_healthy:
+        raise HttpError(503, "engine_dead", "the engine is not running; see the server's log")
+    return _json({"status": "ok"})
+
+
+async def _show_metrics(context: Context, request: Request) -> Response:
+    return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "duetjax",
+        "max_model_len": service.max_model_len,
+    }
+
+
+def _json(value: object) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")

@@ -1,0 +1,177 @@
+"""A checked request, ready for the engine: one `Choice` per generation, and how to answer."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from duetjax.config import InvalidRequest, SamplingParams
+from duetjax.policy.request import NewRequest, new_requests
+from duetjax.serve.context import Service
+from duetjax.serve.errors import model_not_found
+from duetjax.serve.protocol import GenerationBody
+
+_MAX_CHOICES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One generation: the index that the client sees, and what ends its text."""
+
+    index: int
+    new: NewRequest
+    stop: tuple[str, ...]
+    include_stop_str: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of one choice's output; finish_reason is set on its last."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class ReplyFormat(Protocol):
+    """How a route spells its output. Usage and errors are the same on every route."""
+
+    def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
+        """The body of a response that is not streamed, `choices` complete and by index."""
+
+    def chunk(self, delta: Delta, *, is_first: bool) -> list[dict[str, Any]]:
+        """The stream's chunks for one delta; `is_first` of its choice."""
+
+    def last(self) -> dict[str, Any]:
+        """The chunk without choices that carries usage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Everything decided about one HTTP call before the engine sees it.
+
+    prompt_tokens: each prompt counted once, whatever n is. headers: for the response.
+    """
+
+    choices: tuple[Choice, ...]
+    reply: ReplyFormat
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+    headers: Mapping[str, str]
+
+    def usage(self, completion_tokens: int) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+
+def check_model(service: Service, name: str) -> None:
+    """Raises a 404 for a model that is not served."""
+    if name not in service.model_names:
+        raise model_not_found(name, service.model_names)
+
+
+def check_characters(service: Service, num_characters: int, param: str) -> None:
+    """Refuses text that cannot fit, before time is spent on tokenising it."""
+    limit = 8 * service.max_model_len
+    if num_characters > limit:
+        raise InvalidRequest(
+            f"the prompt has {num_characters} characters; at most {limit} (8 per token of"
+            f" max_model_len {service.max_model_len}) are accepted",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def make_choices(
+    service: Service,
+    body: GenerationBody,
+    call_id: str,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    usual_max_tokens: int | None,
+) -> tuple[Choice, ...]:
+    """The generations that a request asks for, `n` per prompt, checked against the limits.
+
+    usual_max_tokens: for requests that name none where generation_config.json does not either;
+    None is all that is left of max_model_len.
+    """
+    count = len(prompts) * body.n
+    if count > _MAX_CHOICES:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with n {body.n} make {count} choices;"
+            f" at most {_MAX_CHOICES} per request",
+            param="n",
+        )
+    choices: list[Choice] = []
+    for number, prompt in enumerate(prompts):
+        _check_ids(service, prompt, body.prompt_field)
+        params = _sampling(service, body, prompt, usual_max_tokens)
+        stop, include_stop_str = tuple(params.stop), params.include_stop_str_in_output
+        choices += (
+            Choice(len(choices) + i, new, stop, include_stop_str)
+            for i, new in enumerate(
+                new_requests(
+                    f"{call_id}-{number}",
+                    prompt,
+                    params,
+                    eos_token_ids=service.eos_token_ids,
+                    room=service.max_model_len - len(prompt),
+                )
+            )
+        )
+    return tuple(choices)
+
+
+def _sampling(
+    service: Service,
+    body: GenerationBody,
+    prompt: tuple[int, ...],
+    usual_max_tokens: int | None,
+) -> SamplingParams:
+    _check_ids(service, body.stop_token_ids, "stop_token_ids")
+    temperature = service.default_temperature if body.temperature is None else body.temperature
+    return SamplingParams(
+        n=body.n,
+        temperature=temperature,
+        max_tokens=_fit(service, body, prompt, service.default_max_tokens or usual_max_tokens),
+        seed=secrets.randbits(62) if body.seed is None else body.seed,
+        stop=body.stop,
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        include_stop_str_in_output=body.include_stop_str_in_output,
+    )
+
+
+def _fit(service: Service, body: GenerationBody, prompt: tuple[int, ...], usual: int | None) -> int:
+    """max_tokens: as asked if prompt and output fit; otherwise the usual, cut to what is left."""
+    asked = body.asked_max_tokens
+    if not prompt:
+        message = "the prompt has no tokens; give at least one to continue from"
+        raise InvalidRequest(message, param=body.prompt_field)
+    left = service.max_model_len - len(prompt)
+    if left < 1 or (asked is not None and asked > left):
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens and {asked or 1} are to be generated, but"
+            f" max_model_len is {service.max_model_len}; shorten the prompt or lower max_tokens",
+            param=body.prompt_field if left < 1 else "max_tokens",
+            code="context_length_exceeded",
+        )
+    if asked is not None:
+        return asked
+    return left if usual is None else min(usual, left)
+
+
+def _check_ids(service: Service, ids: Sequence[int], param: str) -> None:
+    """The device clamps an index out of range silently, so none may reach it."""
+    if ids and not (min(ids) >= 0 and max(ids) < service.vocab_size):
+        wrong = next(t for t in ids if not 0 <= t < service.vocab_size)
+        raise InvalidRequest(
+            f"token id {wrong} in {param} is not in [0, {service.vocab_size})", param=param
+        )

@@ -1,0 +1,91 @@
+"""POST /v1/chat/completions: a conversation in, the assistant's next turn out."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from duetjax.serve.call import Call, Delta, check_characters, check_model, make_choices
+from duetjax.serve.context import Service
+from duetjax.serve.protocol import ChatBody, ignored_header
+
+
+def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
+    """Checks a request body, renders the chat template and tokenises; not on the event loop.
+
+    Raises `InvalidRequest` or `HttpError`.
+    """
+    body = ChatBody.parse(given)
+    check_model(service, body.model)
+    messages = [message.as_template_value() for message in body.messages]
+    check_characters(service, sum(len(m["content"]) for m in messages), "messages")
+    prompt = tuple(
+        service.tokenizer.encode_chat(messages, template_kwargs=body.chat_template_kwargs)
+    )
+    call_id = f"chatcmpl-{uuid.uuid4().hex}"
+    choices = make_choices(service, body, call_id, [prompt], usual_max_tokens=None)
+    reply = ChatReply(
+        head={"id": call_id, "created": int(time.time()), "model": body.model},
+        prompt=prompt if body.return_token_ids else None,
+    )
+    return Call(
+        choices=choices,
+        reply=reply,
+        prompt_tokens=len(prompt),
+        stream=body.stream,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        headers=ignored_header(body),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """The chat.completion objects of one call.
+
+    prompt: its token ids, where the client asked for token ids.
+    """
+
+    head: dict[str, Any]
+    prompt: tuple[int, ...] | None
+
+    def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
+        """The response body, without usage."""
+        body = {"object": "chat.completion", **self.head}
+        body["choices"] = [
+            self._choice(c, "message", {"role": "assistant", "content": c.text}, c.finish_reason)
+            for c in choices
+        ]
+        return body | self._prompt_ids()
+
+    def chunk(self, delta: Delta, *, is_first: bool) -> list[dict[str, Any]]:
+        """Role first, then text, then the finish reason, each in a chunk of its own."""
+        chunks = []
+        if is_first:
+            opening = Delta(delta.index, "", ())
+            role = {"role": "assistant", "content": ""}
+            chunks.append(self._chunk(opening, role, None) | self._prompt_ids())
+        if delta.text or (self.prompt is not None and delta.finish_reason is None):
+            chunks.append(self._chunk(delta, {"content": delta.text}, None))
+        if delta.finish_reason is not None:
+            told = Delta(delta.index, "", () if delta.text else delta.token_ids)
+            chunks.append(self._chunk(told, {}, delta.finish_reason))
+        return chunks
+
+    def last(self) -> dict[str, Any]:
+        """The chunk that carries usage."""
+        return {"object": "chat.completion.chunk", **self.head, "choices": []}
+
+    def _chunk(self, delta: Delta, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return self.last() | {"choices": [self._choice(delta, "delta", content, finish)]}
+
+    def _choice(
+        self, delta: Delta, key: str, content: dict[str, Any], finish: str | None
+    ) -> dict[str, Any]:
+        choice = {"index": delta.index, key: content, "logprobs": None, "finish_reason": finish}
+        if self.prompt is not None:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {} if self.prompt is None else {"prompt_token_ids": self.prompt}

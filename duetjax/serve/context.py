@@ -1,0 +1,42 @@
+"""What the routes of one endpoint share: the engine, the model's facts, and the bookkeeping."""
+
+from dataclasses import dataclass, field
+
+from duetjax.engine import EngineClient
+from duetjax.serve.admission import Admission
+from duetjax.serve.dispatch import Dispatcher
+from duetjax.serve.metrics import Metrics
+from duetjax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The model an endpoint serves, and how.
+
+    model_names: the first is the one that /metrics and the log call it by; requests may use any.
+    created: seconds since the epoch, shown at /v1/models. vocab_size: width of the logits.
+    default_temperature, default_max_tokens: generation_config.json's, for requests that name
+    none. api_key: None lets everybody in. ping_seconds: silence after which a stream says so.
+    """
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    model_names: tuple[str, ...]
+    created: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    default_temperature: float = 1.0
+    default_max_tokens: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+    ping_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A service at work: `dispatcher`, `admission` and `metrics` belong to one app."""
+
+    service: Service
+    dispatcher: Dispatcher
+    admission: Admission
+    metrics: Metrics

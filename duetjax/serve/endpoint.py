@@ -1,0 +1,92 @@
+"""A generating route from its request to its response, and what happens when the client leaves."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from duetjax.serve.body import read_json
+from duetjax.serve.call import Call, Delta
+from duetjax.serve.context import Context, Service
+from duetjax.serve.generation import Generation
+from duetjax.serve.streaming import send_stream
+
+
+class GenerationEndpoint:
+    """The ASGI application behind one generating route.
+
+    prepare: checks and tokenises a body; runs in a thread, since both may take long.
+    """
+
+    def __init__(
+        self, context: Context, prepare: Callable[[Service, dict[str, Any]], Call]
+    ) -> None:
+        self._context = context
+        self._prepare = prepare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; faults before the response begins are raised."""
+        arrived = time.perf_counter()
+        with self._context.admission.admit():
+            try:
+                body = await read_json(Request(scope, receive))
+            except ClientDisconnect:
+                return
+            call = await asyncio.to_thread(self._prepare, self._context.service, body)
+            answer = _answer(Generation(self._context, call, arrived), call, scope, receive, send)
+            await _while_connected(receive, answer)
+
+
+async def _answer(
+    generation: Generation, call: Call, scope: Scope, receive: Receive, send: Send
+) -> None:
+    with generation:
+        if call.stream:
+            await send_stream(call, generation, send)
+            return
+        response = await _collect(call, generation)
+    await response(scope, receive, send)
+
+
+async def _collect(call: Call, generation: Generation) -> Response:
+    """The whole response to a call that does not stream."""
+    texts: list[list[str]] = [[] for _ in call.choices]
+    token_ids: list[list[int]] = [[] for _ in call.choices]
+    reasons: list[str | None] = [None] * len(call.choices)
+    while not generation.is_finished:
+        if (delta := await generation.next()) is not None:
+            texts[delta.index].append(delta.text)
+            token_ids[delta.index] += delta.token_ids
+            reasons[delta.index] = delta.finish_reason
+    whole = call.reply.whole(
+        [
+            Delta(index, "".join(text), tuple(ids), reason)
+            for index, (text, ids, reason) in enumerate(zip(texts, token_ids, reasons, strict=True))
+        ]
+    )
+    body = orjson.dumps(whole | {"usage": call.usage(generation.num_tokens)})
+    return Response(body, headers=call.headers, media_type="application/json")
+
+
+async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
+    """Runs `answer`, and cancels it as soon as the client is gone, even if nothing is sent."""
+    work = asyncio.create_task(answer)
+    watch = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        work.cancel()
+        watch.cancel()
+        await asyncio.wait((work, watch))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,135 @@
+"""The endpoint on a socket: start, announce, drain on a signal, stop."""
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from duetjax.config import ConfigError
+from duetjax.serve.admission import shutting_down
+from duetjax.serve.app import create_app
+from duetjax.serve.context import Context, Service
+from duetjax.serve.h11_protocol import JsonErrorProtocol
+
+_log = logging.getLogger(__name__)
+_MAX_HEADER_BYTES = 64 * 2**10
+_KEEP_ALIVE_SECONDS = 5
+_LAST_WORDS_SECONDS = 2.0  # for error events to leave, once in-flight work has been given up
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers, which would close the listener before the drain."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """Serves one `Service` at a host and port until it is stopped.
+
+    The socket is bound here: `url` is final even for port 0, and a port in use is a
+    `ConfigError`. shutdown_timeout: seconds that calls in flight have to finish once it drains.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        shutdown_timeout: float = 30.0,
+    ) -> None:
+        self._service = service
+        self._shutdown_timeout = shutdown_timeout
+        self._socket = _bind(host, port)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        app = create_app(service)
+        self._context: Context = app.state.context
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http=JsonErrorProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = asyncio.Event()
+        self._stopping_at_once = asyncio.Event()
+
+    def run(self, announce: Callable[[str], None]) -> None:
+        """Serves until `stop` or, on the main thread, SIGTERM or SIGINT; then drains and returns.
+
+        announce: told one line with the address once requests are answered. The engine is
+        started here, but its shutdown is for whoever made it.
+        """
+        with asyncio.Runner() as runner:
+            runner.run(self._serve(announce))
+
+    def stop(self) -> None:
+        """Begins to drain; called again, ends calls in flight at once. From any thread."""
+        assert self._loop is not None, "stop() before run()"
+        try:
+            self._loop.call_soon_threadsafe(self._on_stop)
+        except RuntimeError:
+            if not self._loop.is_closed():  # closed: it has stopped already
+                raise
+
+    async def _serve(self, announce: Callable[[str], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._on_stop)
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._socket]))
+        while not self._uvicorn.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if self._uvicorn.started:
+            announce(f"duetjax: serving {self._service.model_names[0]} on {self.url}")
+            await self._stopping.wait()
+            await self._drain()
+            self._uvicorn.should_exit = True
+        await serving
+
+    def _on_stop(self) -> None:
+        if self._stopping.is_set():
+            self._stopping_at_once.set()
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        """Lets calls in flight finish while the listener stays open, then gives them up."""
+        admission = self._context.admission
+        admission.close(self._shutdown_timeout)
+        hurry = asyncio.create_task(self._stopping_at_once.wait())
+        idle = asyncio.create_task(admission.wait_idle(self._shutdown_timeout))
+        await asyncio.wait((hurry, idle), return_when=asyncio.FIRST_COMPLETED)
+        if not (idle.done() and idle.result()):
+            _log.warning("giving up the calls still in flight")
+            self._context.dispatcher.give_up(shutting_down())
+            await admission.wait_idle(_LAST_WORDS_SECONDS)
+        for task in (hurry, idle):
+            task.cancel()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: {error.strerror or error}; choose another address"
+        ) from None

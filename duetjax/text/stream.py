@@ -1,0 +1,143 @@
+"""Text of a token stream as it grows: whole characters only, ended by the first stop string."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from duetjax.text.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+# A character spans at most 4 byte tokens. Text that still ends in a replacement character after
+# this many further tokens holds invalid bytes, not an unfinished character.
+_MAX_PENDING = 8
+_CHARACTER_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that became certain with a push; stopped: a stop string ended it, nothing follows."""
+
+    text: str
+    stopped: bool
+
+
+class TextStream:
+    """Turns the tokens of one completion into text deltas, one instance for each completion.
+
+    Special tokens are left out. A delta never ends inside a character, and text that may be the
+    beginning of a stop string is held back until it is decided. The deltas and `finish()` together
+    are the decoded text cut at the first stop string, wherever the pushes were cut: the string
+    that is complete first wins, the longest of those that end together. With
+    `include_stop_str` the text ends after the stop string, otherwise before it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop_str: bool = False
+    ) -> None:
+        assert all(stop), f"empty stop string in {stop!r}"
+        self._decoder = _IncrementalDecoder(tokenizer)
+        self._special_ids = tokenizer.special_ids
+        self._stop = stop
+        self._longest_stop = max(map(len, stop), default=0)
+        self._include_stop_str = include_stop_str
+        self._held = ""
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._stopped
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Takes the next tokens; those after a stop string are ignored."""
+        texts = []
+        for token_id in token_ids:
+            if self._stopped:
+                break
+            if token_id not in self._special_ids:
+                texts.append(self._release(self._decoder.push(token_id)))
+        return TextDelta("".join(texts), self._stopped)
+
+    def finish(self) -> str:
+        """The rest of the text, held-back parts and an unfinished character included."""
+        if self._stopped:
+            return ""
+        text = self._release(self._decoder.finish())
+        held, self._held = self._held, ""
+        return text if self._stopped else text + held
+
+    def _release(self, new: str) -> str:
+        """Adds decoded text and returns what is certain to stay."""
+        if not new or not self._stop:
+            return new
+        text = self._held + new
+        matches = [
+            (start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0
+        ]
+        if matches:
+            end, start = min(matches)
+            self._stopped, self._held = True, ""
+            return text[:end] if self._include_stop_str else text[:start]
+        certain = self._first_possible_start(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def _first_possible_start(self, text: str) -> int:
+        """Where the longest end of `text` begins that a stop string could continue."""
+        for start in range(max(0, len(text) - self._longest_stop + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stop):
+                return start
+        return len(text)
+
+
+class _IncrementalDecoder:
+    """Decodes token by token what decoding all tokens at once would give.
+
+    Decoders look at neighbours (a leading space is dropped, bytes join to characters), so each
+    token is decoded behind the tokens of the previous piece. tokenizers.DecodeStream does the same,
+    but raises from then on when a run of byte tokens (`<0xE4>`) turns invalid after a part of
+    it was shown, has no flush, and keeps every token of an invalid run. Here what was shown
+    stays and the new tokens are decoded by themselves: only in such runs may the text differ from
+    decoding everything at once, which replaces the whole run.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._window: list[int] = []  # context tokens, then pending ones
+        self._context = 0  # tokens at the start of the window that are shown completely
+        self._shown = ""  # the part of the window's text that was returned already
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if not text.endswith(_REPLACEMENT):
+            new = self._unshown(text)
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._shown = self._decode(self._window)
+            return new
+        if len(self._window) - self._context > _MAX_PENDING:
+            return self._skip_invalid(text)
+        settled = text.rstrip(_REPLACEMENT)
+        if not settled.startswith(self._shown):
+            return ""
+        new, self._shown = settled[len(self._shown) :], settled
+        return new
+
+    def finish(self) -> str:
+        """The text of the tokens that are still pending."""
+        return self._unshown(self._decode(self._window))
+
+    def _unshown(self, text: str) -> str:
+        if text.startswith(self._shown):
+            return text[len(self._shown) :]
+        return self._decode(self._window[self._context :])
+
+    def _skip_invalid(self, text: str) -> str:
+        """Returns all but the last replacement character, which may still become a character."""
+        new = self._unshown(text)
+        self._window = self._window[-_CHARACTER_TOKENS:]
+        self._context = len(self._window)
+        tail = self._decode(self._window)
+        self._shown = tail.removesuffix(_REPLACEMENT)
+        return new if self._shown == tail else new.removesuffix(_REPLACEMENT)

@@ -1,0 +1,124 @@
+"""Paged attention in plain XLA: walks pages in blocks with an online softmax.
+
+The walk stops at the longest context in the batch, so the cost follows the contexts and not the
+page table's width. Blocks start at position 0 whatever the batch, so a row's sums are ordered the
+same way alone and in company, in one piece and in chunks.
+
+Pages beyond a row's length must hold finite values: they are multiplied by a weight of 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK_TOKENS = 128
+"""Keys visited per step of the walk; a multiple of every page size."""
+
+TILE = 32
+"""Queries of one row that visit a block together during prefill."""
+
+_MASKED = -1e30  # finite: a block without visible keys must not produce inf - inf
+
+
+def write_kv(
+    pages: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, slot: jax.Array
+) -> jax.Array:
+    """Writes N tokens' keys and values; in place where `pages` is donated.
+
+    pages [P, K, 2, S, D]; k, v [N, K, D]; page, slot [N] int32. Several tokens may name one place
+    only on the dummy page, whose content nobody reads.
+    """
+    return pages.at[page, :, :, slot].set(jnp.stack([k, v], axis=2).astype(pages.dtype))
+
+
+def decode_attention(
+    q: jax.Array, pages: jax.Array, page_table: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Attention of one query per row over that row's pages.
+
+    q [B, H, D]; pages [P, K, 2, S, D]; page_table [B, M] int32; lengths [B] int32: keys visible
+    to the row, its own included, at least 1. Returns [B, H, D] in q's dtype.
+    """
+    return _walk(q[:, None], pages, page_table, lengths - 1)[:, 0]
+
+
+def prefill_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    row_offsets: jax.Array,
+    cached_lengths: jax.Array,
+) -> jax.Array:
+    """Causal attention of packed rows over their pages, which hold the new keys already.
+
+    q [T, H, D]: row r's queries are q[row_offsets[r]:row_offsets[r + 1]], at positions from
+    cached_lengths[r] on; pages [P, K, 2, S, D]; page_table [R, M]; row_offsets [R + 1];
+    cached_lengths [R], int32. Queries behind the last row get finite values without meaning.
+    Returns [T, H, D] in q's dtype.
+    """
+    T, R = q.shape[0], page_table.shape[0]
+    counts = row_offsets[1:] - row_offsets[:-1]
+    tile_ends = jnp.cumsum(-(-counts // TILE))
+    tile_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends])
+
+    num_tiles = -(-T // TILE) + R  # sum of ceil(count / TILE) is never more
+    tile = jnp.arange(num_tiles)
+    row = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right"), R - 1)
+    first = (tile - tile_starts[row]) * TILE
+    source = jnp.clip(row_offsets[row, None] + first[:, None] + jnp.arange(TILE), 0, T - 1)
+    surplus = tile >= tile_ends[-1]
+    start = jnp.where(surplus, 0, cached_lengths[row] + first)
+    longest = jnp.where(surplus, 0, jnp.minimum(first + TILE, counts[row]) + cached_lengths[row])
+    out = _walk(q[source], pages, page_table[row], start, jnp.max(longest))
+
+    token = jnp.arange(T)
+    row = jnp.minimum(jnp.searchsorted(row_offsets[1:], token, side="right"), R - 1)
+    index = jnp.maximum(token - row_offsets[row], 0)
+    tile = jnp.minimum(tile_starts[row] + index // TILE, num_tiles - 1)
+    packed: jax.Array = out[tile, index % TILE]
+    return packed
+
+
+def _walk(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    start: jax.Array,
+    longest: jax.Array | None = None,
+) -> jax.Array:
+    """Flash attention of tiles of consecutive queries (Dao 2022, online softmax).
+
+    q [N, Q, H, D], query i of tile n at position start[n] + i and seeing keys up to itself;
+    page_table [N, M]; start [N]; longest: keys to visit, by default all that a query sees.
+    """
+    N, Q, H, D = q.shape
+    K, S = pages.shape[1], pages.shape[3]
+    per_block = BLOCK_TOKENS // S
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_block)))
+    rows = q.reshape(N, Q, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(N, K, -1, D)
+    rows = rows.astype(jnp.float32) * D**-0.5
+    seen = jnp.tile(start[:, None] + jnp.arange(Q), (1, H // K))[:, None, :, None]
+    longest = jnp.max(start) + Q if longest is None else jnp.maximum(longest, 1)
+
+    type Carry = tuple[jax.Array, jax.Array, jax.Array]
+
+    def step(block: jax.Array, carry: Carry) -> Carry:
+        peak, total, out = carry
+        page = lax.dynamic_slice_in_dim(table, block * per_block, per_block, axis=1)
+        kv = pages[page].astype(jnp.float32).transpose(3, 0, 2, 1, 4, 5)
+        k, v = kv.reshape(2, N, K, BLOCK_TOKENS, D)
+        key = block * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
+        scores = jnp.einsum("nkqd,nksd->nkqs", rows, k)
+        scores = jnp.where(key <= seen, scores, _MASKED)
+        new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - new_peak)
+        kept = jnp.exp(peak - new_peak)
+        total = total * kept + weights.sum(-1, keepdims=True)
+        return new_peak, total, out * kept + jnp.einsum("nkqs,nksd->nkqd", weights, v)
+
+    column = (N, K, rows.shape[2], 1)
+    empty = (jnp.full(column, _MASKED), jnp.zeros(column), jnp.zeros(rows.shape))
+    _, total, out = lax.fori_loop(0, -(-longest // BLOCK_TOKENS), step, empty)
+    mean: jax.Array = out / total
+    mean = mean.reshape(N, K, H // K, Q, D).transpose(0, 3, 1, 2, 4)
+    return mean.reshape(N, Q, H, D).astype(q.dtype)

@@ -1,0 +1,266 @@
+"""Who may import whom (docs/design.md), read from the source: typing-only and late imports too."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_PARTY = ("duetjax", "pallas_kernels")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one unit may import besides itself and the standard library less `never`."""
+
+    ours: tuple[str, ...] = ()
+    theirs: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+
+
+CLOCKS = ("time", "datetime", "sched", "asyncio", "threading")
+EVERYTHING = ("duetjax", "pallas_kernels")
+
+# A unit is a package, or a module directly in duetjax/; the longest name that fits is the unit.
+RULES = {
+    "duetjax": Rule(ours=("duetjax.config", "duetjax.llm")),
+    "duetjax.config": Rule(),
+    "duetjax.presets": Rule(),
+    "duetjax.policy": Rule(ours=("duetjax.config",), never=CLOCKS),
+    "duetjax.text": Rule(ours=("duetjax.config",), theirs=("tokenizers", "minijinja")),
+    "pallas_kernels": Rule(theirs=("jax",)),
+    "duetjax.model": Rule(ours=("duetjax.config", "pallas_kernels"), theirs=("jax", "flax")),
+    "duetjax.checkpoint": Rule(
+        ours=("duetjax.config", "duetjax.model"),
+        theirs=("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
+    ),
+    "duetjax.runtime": Rule(
+        ours=("duetjax.config", "duetjax.model", "duetjax.checkpoint", "duetjax.policy.launch"),
+        theirs=("jax", "numpy"),
+    ),
+    "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy")),
+    "duetjax.build": Rule(
+        ours=(
+            "duetjax.checkpoint",
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.model",
+            "duetjax.policy",
+            "duetjax.runtime",
+            "duetjax.text",
+        ),
+        theirs=("jax", "numpy", "tqdm"),
+    ),
+    # The engine's client takes and gives the plain values of policy.request.
+    "duetjax.llm": Rule(
+        ours=(
+            "duetjax.build",
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.policy.request",
+            "duetjax.text",
+        ),
+        theirs=("tqdm",),
+    ),
+    "duetjax.serve": Rule(
+        ours=("duetjax.config", "duetjax.engine", "duetjax.policy.request", "duetjax.text"),
+        theirs=(
+            "starlette",
+            "pydantic",
+            "pydantic_core",
+            "orjson",
+            "uvicorn",
+            "h11",
+            "prometheus_client",
+        ),
+    ),
+    "duetjax.cli": Rule(ours=EVERYTHING, theirs=("jax", "uvicorn", "tqdm")),
+}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every first-party module under `root` by dotted name; a package stands for its __init__."""
+    found = {}
+    for package in FIRST_PARTY:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def inside(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+def unit_of(module: str) -> str | None:
+    """The row of RULES for a module. The row "duetjax" is for duetjax/__init__.py alone."""
+    fits = [u for u in RULES if module == u or (u != "duetjax" and module.startswith(u + "."))]
+    return max(fits, key=len, default=None)
+
+
+def called_import(node: ast.Call) -> bool:
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name in ("import_module", "__import__")
+
+
+def imported(tree: ast.Module, module: str, package: str) -> Iterator[tuple[int, str, str]]:
+    """Line, module and name ("" for a whole module) of every import, at any depth of the source."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(up if node.level else []), *filter(None, [node.module])])
+            for alias in node.names:
+                yield node.lineno, base, alias.name
+        elif isinstance(node, ast.Call) and called_import(node):
+            first = node.args[0] if node.args else None
+            literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
+            yield node.lineno, first.value if literal else "<a computed name>", ""
+
+
+def offences(source: str, module: str, known: frozenset[str], is_package: bool) -> list[str]:
+    """One line for each import in `source`, the text of `module`, that RULES does not allow."""
+    unit = unit_of(module)
+    if unit is None:
+        return [f"{module} has no row in the import rules"]
+    rule = RULES[unit]
+    package = module if is_package else module.rpartition(".")[0]
+    found = []
+    for line, base, name in imported(ast.parse(source), module, package):
+        whole = f"{base}.{name}" if f"{base}.{name}" in known else base
+        top = base.partition(".")[0]
+        if top in FIRST_PARTY:
+            mine = unit_of(whole) == unit and whole in known
+            fine = mine or any(inside(whole, ours) for ours in rule.ours)
+            fine = fine and (whole != "duetjax" or unit in ("duetjax", "duetjax.cli"))
+        elif top in sys.stdlib_module_names:
+            fine = top not in rule.never
+        else:
+            fine = top in rule.theirs
+        if not fine:
+            found.append(f"{module}:{line} imports {whole}, which {unit} may not")
+    return found
+
+
+TREE = modules(ROOT)
+
+
+@pytest.mark.parametrize("module", TREE)
+def test_a_module_imports_only_what_its_row_allows(module: str) -> None:
+    path = TREE[module]
+    source = path.read_text(encoding="utf-8")
+    assert offences(source, module, frozenset(TREE), path.name == "__init__.py") == []
+
+
+def test_every_row_stands_for_a_module_that_exists() -> None:
+    assert [unit for unit in RULES if unit not in TREE] == []
+
+
+def test_nothing_but_the_command_line_itself_may_import_it() -> None:
+    assert [
+        unit
+        for unit, rule in RULES.items()
+        if unit != "duetjax.cli" and any(inside("duetjax.cli", ours) for ours in rule.ours)
+    ] == []
+
+
+def test_the_checkpoint_folder_in_the_package_has_no_code_but_its_docstring() -> None:
+    body = ast.parse((ROOT / "checkpoints/demo/__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "named"),
+    [
+        ("duetjax.engine", "import jax.numpy as jnp", "jax.numpy"),
+        ("duetjax.engine", "def step():\n    from jax import numpy", "jax"),
+        ("duetjax.engine", "if TYPE_CHECKING:\n    from jax import Array", "jax"),
+        ("duetjax.engine", "from duetjax.runtime import executor", "duetjax.runtime"),
+        ("duetjax.engine", "import importlib\nimportlib.import_module('jax')", "jax"),
+        ("duetjax.engine", "__import__('ja' + 'x')", "<a computed name>"),
+        ("duetjax.policy.pages", "from ..model import decoder", "duetjax.model.decoder"),
+        ("duetjax.policy.pages", "from .. import engine", "duetjax.engine"),
+        ("duetjax.policy.pages", "from time import monotonic", "time"),
+        ("duetjax.policy.pages", "import numpy as np", "numpy"),
+        ("duetjax.config", "import pydantic", "pydantic"),
+        ("duetjax.config", "from duetjax.policy.launch import Launch", "duetjax.policy.launch"),
+        (
+            "duetjax.runtime.programs",
+            "from duetjax.policy import request",
+            "duetjax.policy.request",
+        ),
+        ("duetjax.serve.app", "from duetjax import cli", "duetjax.cli"),
+        ("duetjax.serve.app", "from duetjax import SamplingParams", "duetjax"),
+        ("duetjax.llm", "from duetjax.runtime.executor import HostExecutor", "duetjax.runtime"),
+        ("duetjax.cli", "import requests", "requests"),
+        ("pallas_kernels.xla", "from duetjax.config import ModelConfig", "duetjax.config"),
+    ],
+)
+def test_a_forbidden_import_is_reported(module: str, source: str, named: str) -> None:
+    known = frozenset({*TREE, "duetjax.cli", "duetjax.model.decoder", "duetjax.policy.request"})
+    report = offences(source, module, known, is_package=False)
+    assert len(report) == 1, report
+    assert f"imports {named}" in report[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("duetjax.policy.pages", "from . import request\nfrom .launch import Launch"),
+        ("duetjax.policy.pages", "from ..config import SamplingParams"),
+        ("duetjax.runtime.programs", "from duetjax.policy import launch\nimport jax"),
+        ("duetjax.cli", "import argparse\nfrom duetjax import LLM\nimport duetjax.build"),
+    ],
+)
+def test_an_allowed_import_is_not_reported(module: str, source: str) -> None:
+    known = frozenset({*TREE, "duetjax.build", "duetjax.policy.launch", "duetjax.policy.request"})
+    assert offences(source, module, known, is_package=False) == []
+
+
+def test_a_module_without_a_row_is_reported() -> None:
+    assert offences("", "duetjax.newcomer", frozenset(TREE), is_package=False) == [
+        "duetjax.newcomer has no row in the import rules"
+    ]
+
+
+def loaded_by(statements: str, heavy: tuple[str, ...]) -> set[str]:
+    """Which of the `heavy` top-level modules a new interpreter holds after these statements."""
+    ask = f"{statements}\nimport sys\nprint(*({set(heavy)!r} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ask],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+HEAVY = ("jax", "jaxlib", "flax", "numpy", "starlette", "uvicorn", "tokenizers")
+
+
+@pytest.mark.parametrize("statement", ["import duetjax", "from duetjax import SamplingParams"])
+def test_importing_the_package_loads_no_framework(statement: str) -> None:
+    assert loaded_by(statement, HEAVY) == set()
+
+
+@pytest.mark.parametrize("unit", ["config", "policy", "text", "engine"])
+def test_importing_all_of_a_light_unit_loads_neither_jax_nor_starlette(unit: str) -> None:
+    names = [name for name in TREE if inside(name, f"duetjax.{unit}")]
+    assert names
+    assert loaded_by("import " + ", ".join(names), ("jax", "jaxlib", "flax", "starlette")) == set()
+
+
+def test_the_probe_for_loaded_modules_sees_jax_where_it_is_loaded() -> None:
+    assert "jax" in loaded_by("import duetjax.model", HEAVY) | loaded_by("import jax", HEAVY)
