@@ -7,9 +7,8 @@ end-of-sequence token. The loss weighs each token of a document by whose words i
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
 from corpus import Document
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 VOCABULARY = 2048
 BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL = (
@@ -46,7 +45,7 @@ class Encoded:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE of 2,048 tokens, special tokens first; puts <|begin_of_text|> before text."""
+    """A byte-level BPE of 2,048 tokens, special tokens first; begins every text with BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from chat_format import BOS, BOS_ID, CHAT_TEMPLATE, END, END_ID, VOCABULARY
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
-
-from chat_format import BOS, BOS_ID, CHAT_TEMPLATE, END, END_ID, VOCABULARY
 
 DEMO = Path(__file__).parent / "demo"
 MAX_MODEL_LEN = 4096

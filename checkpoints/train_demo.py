@@ -10,21 +10,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import corpus
+import demo_folder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from chat_format import Encoded, encode, train_tokenizer
 from flax import nnx
 
-import corpus
-import demo_folder
-from chat_format import Encoded, encode, train_tokenizer
 from duetjax.config import ModelConfig
 from duetjax.model.decoder import Decoder, causal_attention
 
 SEED = 7
 BATCH_TOKENS = 4096
-WIDTHS = (48, 64, 80, 112, 192, 384, 1024)  # columns of a batch; longer documents are cut
+WIDTHS = (48, 64, 96, 160, 256, 384, 1024)  # columns of a batch; longer documents are cut
 PEAK_LEARNING_RATE = 2.5e-3
 WARM_UP_STEPS = 60
 

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duetjax.checkpoint.dummy import dummy_weights
+from duetjax.checkpoint.generation import GenerationDefaults
 from duetjax.checkpoint.huggingface import read_weights
 from duetjax.checkpoint.source import (
     LoadFormat,
@@ -54,15 +55,14 @@ class ModelRequest:
 class LoadedModel:
     """A model ready to serve; `engine` is built but not started.
 
-    tokenizer is None for a preset named without --tokenizer. defaults: the sampling parameters
-    of requests that leave them out.
+    tokenizer is None for a preset named without --tokenizer. generation: what the model's makers
+    recommend where a request leaves a parameter out.
     """
 
     name: str
     config: ModelConfig
     tokenizer: Tokenizer | None
-    defaults: SamplingParams
-    eos_token_ids: tuple[int, ...]
+    generation: GenerationDefaults
     max_model_len: int
     engine: EngineClient
     _seeds: random.Random = field(repr=False)
@@ -74,8 +74,17 @@ class LoadedModel:
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(62))
         room = max(1, self.max_model_len - len(prompt))
-        eos = self.eos_token_ids
+        eos = self.generation.eos_token_ids
         return new_requests(request_id, prompt, params, eos_token_ids=eos, room=room)
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """generation_config.json's recommendations over the API's defaults."""
+        recommended = {
+            "temperature": self.generation.temperature,
+            "max_tokens": self.generation.max_tokens,
+        }
+        return SamplingParams(**{k: v for k, v in recommended.items() if v is not None})
 
 
 def load(request: ModelRequest, engine: EngineConfig) -> LoadedModel:
@@ -96,8 +105,7 @@ def load(request: ModelRequest, engine: EngineConfig) -> LoadedModel:
         name=source.name,
         config=source.config,
         tokenizer=tokenizer,
-        defaults=_defaults(source),
-        eos_token_ids=source.generation.eos_token_ids,
+        generation=source.generation,
         max_model_len=plan.max_model_len,
         engine=client,
         _seeds=random.Random(engine.seed),
@@ -183,13 +191,3 @@ def _compile(programs: Programs) -> None:
     for key in tqdm(list(programs.buckets), desc="compiling programs", unit="program"):
         programs.compile(key)
     _log.info("compiled in %.1f s", time.perf_counter() - started)
-
-
-def _defaults(source: ModelSource) -> SamplingParams:
-    """generation_config.json's recommendations over the API's defaults."""
-    generation, defaults = source.generation, SamplingParams()
-    temperature, max_tokens = generation.temperature, generation.max_tokens
-    return SamplingParams(
-        temperature=defaults.temperature if temperature is None else temperature,
-        max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
-    )

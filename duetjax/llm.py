@@ -11,8 +11,9 @@ import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeGuard
+from typing import Any, Self, cast
 
 from tqdm import tqdm
 
@@ -117,9 +118,10 @@ class LLM:
     """A model with its engine, ready to generate; close it, or use it in a `with` block.
 
     model: a folder, preset name or hub id; None is the bundled demo. tokenizer: another folder to
-    take the tokenizer from. load_format: "auto" or "dummy" (random weights). Everything else is
-    a field of `EngineConfig`. Raises `DuetJAXError` with one line that says what to do. Methods
-    may be called from several threads.
+    take the tokenizer from. chat_template: a file to use instead of the model's template.
+    load_format: "auto" or "dummy" (random weights). Everything else is a field of `EngineConfig`.
+    Raises `DuetJAXError` with one line that says what to do. Methods may be called from several
+    threads.
     """
 
     def __init__(
@@ -127,14 +129,21 @@ class LLM:
         model: str | None = None,
         *,
         tokenizer: str | None = None,
+        chat_template: Path | None = None,
         load_format: str = "auto",
         **engine: Any,
     ) -> None:
-        source = ModelRequest(model, tokenizer=tokenizer, load_format=load_format)
-        self._model = load(source, EngineConfig(**engine))
+        request = ModelRequest(model, tokenizer, chat_template, load_format)
+        self._model = load(request, EngineConfig(**engine))
         self._ids = itertools.count()
         self._queues: dict[str, queue.SimpleQueue[EngineOutput]] = {}
         self._model.engine.start(self._route)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        tokenizer = self._model.tokenizer
+        return tokenizer is not None and tokenizer.has_chat_template
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults, from its generation_config.json."""
@@ -153,7 +162,7 @@ class LLM:
         one each; None is the model's defaults. Raises `InvalidRequest` for a prompt or parameter
         that cannot be served; then nothing of the batch goes on running.
         """
-        batch: Sequence[Prompt] = [prompts] if _is_prompt(prompts) else prompts
+        batch = _batch(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
         return self._run(texts, [self._encode(p) for p in batch], sampling_params, use_tqdm)
 
@@ -166,7 +175,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template."""
         single = bool(messages) and isinstance(messages[0], Mapping)
-        batch = [messages] if single else list(messages)
+        batch = cast(Sequence[Sequence[Message]], [messages] if single else messages)
         encoded = [tuple(self._tokenizer().encode_chat(m)) for m in batch]
         return self._run([None] * len(batch), encoded, sampling_params, use_tqdm)
 
@@ -316,11 +325,11 @@ class _Call:
         del self._live[request_id], self._queues[request_id]
 
 
-def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
-    """Whether this is one prompt (text or token ids) rather than a list of them."""
-    return isinstance(prompts, str) or (
-        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
-    )
+def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text or token ids) as a list of one; a list of them as it is."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return cast(list[Prompt], list(prompts))
 
 
 def _one_each(

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 from duetjax.checkpoint.folder import reason
 from duetjax.config import ModelFolderError
 
-_PATIENCE_S = 4.0
+_PATIENCE_S = 3.0
 _TEXT = ["config.json", "generation_config.json", "tokenizer*", "chat_template*"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # Subfolders hold other formats; Mistral's consolidated file holds the same weights once more.

@@ -89,6 +89,16 @@ def check_characters(service: Service, num_characters: int, param: str) -> None:
         )
 
 
+def check_count(num_prompts: int, n: int) -> None:
+    """Bounds the work one request may ask for; before anything is multiplied."""
+    if num_prompts * n > _MAX_CHOICES:
+        raise InvalidRequest(
+            f"{num_prompts} prompts with n {n} make {num_prompts * n} choices;"
+            f" at most {_MAX_CHOICES} per request",
+            param="n",
+        )
+
+
 def make_choices(
     service: Service,
     body: GenerationBody,
@@ -102,31 +112,20 @@ def make_choices(
     usual_max_tokens: for requests that name none where generation_config.json does not either;
     None is all that is left of max_model_len.
     """
-    count = len(prompts) * body.n
-    if count > _MAX_CHOICES:
-        raise InvalidRequest(
-            f"{len(prompts)} prompts with n {body.n} make {count} choices;"
-            f" at most {_MAX_CHOICES} per request",
-            param="n",
-        )
-    choices: list[Choice] = []
+    requests: list[NewRequest] = []
     for number, prompt in enumerate(prompts):
         _check_ids(service, prompt, body.prompt_field)
-        params = _sampling(service, body, prompt, usual_max_tokens)
-        stop, include_stop_str = tuple(params.stop), params.include_stop_str_in_output
-        choices += (
-            Choice(len(choices) + i, new, stop, include_stop_str)
-            for i, new in enumerate(
-                new_requests(
-                    f"{call_id}-{number}",
-                    prompt,
-                    params,
-                    eos_token_ids=service.eos_token_ids,
-                    room=service.max_model_len - len(prompt),
-                )
-            )
+        requests += new_requests(
+            f"{call_id}-{number}",
+            prompt,
+            _sampling(service, body, prompt, usual_max_tokens),
+            eos_token_ids=service.eos_token_ids,
+            room=service.max_model_len - len(prompt),
         )
-    return tuple(choices)
+    return tuple(
+        Choice(index, new, body.stop, body.include_stop_str_in_output)
+        for index, new in enumerate(requests)
+    )
 
 
 def _sampling(
@@ -142,10 +141,8 @@ def _sampling(
         temperature=temperature,
         max_tokens=_fit(service, body, prompt, service.default_max_tokens or usual_max_tokens),
         seed=secrets.randbits(62) if body.seed is None else body.seed,
-        stop=body.stop,
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
-        include_stop_str_in_output=body.include_stop_str_in_output,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duetjax.serve.call import Call, Delta, check_characters, check_model, make_choices
+from duetjax.serve.call import Call, Delta, check_characters, check_count, check_model, make_choices
 from duetjax.serve.context import Service
 from duetjax.serve.protocol import CompletionBody, ignored_header
 
@@ -20,6 +20,7 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
     """
     body = CompletionBody.parse(given)
     check_model(service, body.model)
+    check_count(len(body.prompt), body.n)
     prompts = [_encode(service, prompt) for prompt in body.prompt]
     call_id = f"cmpl-{uuid.uuid4().hex}"
     choices = make_choices(service, body, call_id, prompts, usual_max_tokens=_USUAL_MAX_TOKENS)

@@ -29,12 +29,11 @@ _PROBE_SECONDS: Final = 5
 
 # Variables and functions that a request's chat_template_kwargs may not replace.
 _RESERVED: Final = frozenset(
-    "messages tools documents bos_token eos_token add_generation_prompt raise_exception"
-    " strftime_now range dict namespace debug cycler joiner lipsum loop self super caller".split()
+    ["messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "range", "dict", "namespace", "debug", "cycler", "joiner", "lipsum", "loop", "self", "super", "caller"]
 )
 # These depend on the template alone; all other render errors depend on the messages too.
 _TEMPLATE_FAULTS: Final = frozenset(
-    "OutOfFuel SyntaxError TemplateNotFound UnknownFilter UnknownTest UnknownFunction".split()
+    ["OutOfFuel", "SyntaxError", "TemplateNotFound", "UnknownFilter", "UnknownTest", "UnknownFunction"]
 )
 # The tag marks assistant text for training; for rendering it is only a scope.
 _GENERATION_TAG: Final = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")

@@ -182,6 +182,7 @@ def test_a_hub_that_never_answers_is_given_up(home):
     assert "on the hub not available (" in line
 
 
-def test_a_malformed_id_is_not_sent(hub, home):
+def test_an_id_that_the_library_rejects_is_one_line(hub, home):
     [line] = resolve(hub, home, "org/a--b..c")
     assert line.startswith("refused --model org/a--b..c: no such folder")
+    assert "on the hub not available (" in line

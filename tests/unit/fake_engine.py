@@ -1,0 +1,163 @@
+"""A real engine on a device whose output a person can write down: the alphabet.
+
+After a letter comes the next one, after "z" comes "<|end|>", after anything else "a". With a
+temperature the steps are 1 + seed % 5 letters long, wrapping at "z". Token ids are those of
+`write_tokenizer`: one token per byte, so a text's tokens are its UTF-8 bytes.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from duetjax.engine import EngineClient
+from duetjax.policy.launch import Launch, Program, SlotParams, Ticket
+from duetjax.policy.scheduler import Scheduler, SchedulerLimits
+
+END = 256
+VOCAB_SIZE = 260
+PATIENCE = 20.0  # seconds after which a condition that should come true has failed
+
+
+def next_token(token: int, temperature: float = 0.0, seed: int = 0) -> int:
+    """The token after `token`."""
+    if not ord("a") <= token <= ord("z"):
+        return ord("a")
+    if temperature > 0:
+        return ord("a") + (token - ord("a") + 1 + seed % 5) % 26
+    return END if token == ord("z") else token + 1
+
+
+def continuation(prompt: str, n: int, temperature: float = 0.0, seed: int = 0) -> str:
+    """The text of the `n` tokens after `prompt`, as long as "<|end|>" is not among them."""
+    tokens = [prompt.encode()[-1]]
+    for _ in range(n):
+        tokens.append(next_token(tokens[-1], temperature, seed))
+    return bytes(tokens[1:]).decode()
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Returns as soon as `condition` holds; fails the test if it never does."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {PATIENCE} s: {what}"
+        time.sleep(0.002)
+
+
+@dataclass
+class _Slot:
+    params: SlotParams
+    token: int = 0
+
+
+class AlphabetExecutor:
+    """Implements `policy.launch.Executor`.
+
+    Steps pass while `allow` says so: `hold()` makes the next result wait, `step(n)` lets n of
+    them through, `release()` all. `break_down()` makes the next result raise.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[int, _Slot] = {}
+        self._results: dict[Ticket, tuple[int, ...]] = {}
+        self._num_launches = 0
+        self._gate = threading.Condition()
+        self._allowed: float = float("inf")
+        self._broken = False
+        self.num_waiting = 0
+
+    def hold(self) -> None:
+        """Results wait from now on."""
+        with self._gate:
+            self._allowed = 0
+
+    def step(self, n: int) -> None:
+        """Lets `n` held results through."""
+        with self._gate:
+            self._allowed += n
+            self._gate.notify_all()
+
+    def release(self) -> None:
+        """Lets all results through."""
+        self.step(float("inf"))
+
+    def break_down(self) -> None:
+        """The next result raises."""
+        with self._gate:
+            self._broken = True
+            self._allowed = float("inf")
+            self._gate.notify_all()
+
+    def submit(self, launch: Launch) -> Ticket:
+        """Computes a launch's samples."""
+        for params in launch.admitted:
+            self._slots[params.slot] = _Slot(params)
+        rows = [self._slots[slot] for slot in launch.slots]
+        if launch.program is Program.PREFILL:
+            self._feed(rows, launch.counts, launch.tokens)
+        sampled = [next_token(r.token, r.params.temperature, r.params.seed) for r in rows]
+        feeds = launch.samples or (True,) * len(rows)
+        for row, token, is_fed in zip(rows, sampled, feeds, strict=True):
+            if is_fed:
+                row.token = token
+        self._num_launches += 1
+        self._results[self._num_launches] = tuple(sampled)
+        return self._num_launches
+
+    def result(self, ticket: Ticket) -> tuple[int, ...]:
+        """The samples, once the gate lets them through."""
+        with self._gate:
+            self.num_waiting += 1
+            self._gate.wait_for(lambda: self._allowed >= 1)
+            self.num_waiting -= 1
+            self._allowed -= 1
+            if self._broken:
+                raise RuntimeError("the device broke down, as the test asked")
+        return self._results.pop(ticket)
+
+    @staticmethod
+    def _feed(rows: Sequence[_Slot], counts: Sequence[int], tokens: Sequence[int]) -> None:
+        end = 0
+        for row, count in zip(rows, counts, strict=True):
+            end += count
+            row.token = tokens[end - 1]
+
+
+class FakeEngine(EngineClient):
+    """The real engine over `executor`; it remembers what was asked of it."""
+
+    def __init__(self, *, num_slots: int = 32, num_pages: int = 513, max_len: int = 256) -> None:
+        self.executor = AlphabetExecutor()
+        self.submitted: list[str] = []
+        self.aborted: list[str] = []
+        rows = [2**i for i in range(1, 8) if 2 ** (i - 1) < max(2, num_slots)]
+        limits = SchedulerLimits(
+            num_pages=num_pages,
+            page_size=16,
+            num_slots=num_slots,
+            max_model_len=max_len,
+            max_num_batched_tokens=num_slots + 64,
+            decode_buckets=tuple(rows),
+            prefill_buckets=(num_slots + 64,),
+            max_prefill_rows=8,
+        )
+        super().__init__(Scheduler(limits), self.executor, vocab_size=VOCAB_SIZE)
+
+    def submit(self, new) -> None:
+        """Passes on and remembers."""
+        super().submit(new)
+        self.submitted.append(new.id)
+
+    def abort(self, request_id: str) -> None:
+        """Passes on and remembers."""
+        self.aborted.append(request_id)
+        super().abort(request_id)
+
+    def wait_idle(self) -> None:
+        """Until no request is left and every page is back."""
+
+        def is_idle() -> bool:
+            stats = self.stats()
+            return (stats.running, stats.waiting, stats.pages_free) == (0, 0, stats.pages_total)
+
+        wait_until(is_idle, "idle engine with all pages free")
