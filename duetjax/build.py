@@ -80,11 +80,12 @@ class LoadedModel:
     @property
     def defaults(self) -> SamplingParams:
         """generation_config.json's recommendations over the API's defaults."""
-        recommended = {
-            "temperature": self.generation.temperature,
-            "max_tokens": self.generation.max_tokens,
-        }
-        return SamplingParams(**{k: v for k, v in recommended.items() if v is not None})
+        temperature, max_tokens = self.generation.temperature, self.generation.max_tokens
+        api = SamplingParams()
+        return SamplingParams(
+            temperature=api.temperature if temperature is None else temperature,
+            max_tokens=api.max_tokens if max_tokens is None else max_tokens,
+        )
 
 
 def load(request: ModelRequest, engine: EngineConfig) -> LoadedModel:

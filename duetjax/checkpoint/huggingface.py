@@ -4,7 +4,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from duetjax.config import ModelFolderError
 
 type Shapes = Mapping[str, tuple[int, ...]]
 type Weights = Iterator[tuple[str, NDArray[Any]]]
-type Progress = Callable[[int, int], None]
-"""Told bytes read so far and bytes in all, after each tensor."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -62,9 +60,7 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
     return {file: frozenset(promised[file]) for file in sorted(promised)}
 
 
-def read_weights(
-    folder: Path, shapes: Shapes, dtype: np.dtype[Any], *, progress: Progress | None = None
-) -> Weights:
+def read_weights(folder: Path, shapes: Shapes, dtype: np.dtype[Any]) -> Weights:
     """Yields every tensor of `shapes` (Hugging Face names) in `dtype`, one at a time.
 
     A tensor already in `dtype` is a read-only view of the mapped file, any other is converted as
@@ -96,14 +92,10 @@ def read_weights(
     }
     for file, tensors in wanted.items():
         _check_tensors(file, shapes, tensors)
-    return _stream(wanted, dtype, progress or (lambda done, total: None))
+    return _stream(wanted, dtype)
 
 
-def _stream(
-    files: Mapping[Path, Mapping[str, StoredTensor]], dtype: np.dtype[Any], progress: Progress
-) -> Weights:
-    total = sum(_nbytes(tensor) for tensors in files.values() for tensor in tensors.values())
-    done = 0
+def _stream(files: Mapping[Path, Mapping[str, StoredTensor]], dtype: np.dtype[Any]) -> Weights:
     for file, tensors in files.items():
         with file.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -118,8 +110,6 @@ def _stream(
                     f"{shown(file)}: tensor {shown(name)} has values beyond the range of {dtype};"
                     " use --dtype bfloat16 or float32"
                 ) from error
-            done += _nbytes(tensor)
-            progress(done, total)
 
 
 def _converted(stored: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -130,10 +120,6 @@ def _converted(stored: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         stored = stored.astype(np.float32)  # bfloat16's own conversion overflows silently
     with np.errstate(over="raise"):
         return stored.astype(dtype)
-
-
-def _nbytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize
 
 
 def _check_names(folder: Path, shapes: Shapes, home: Mapping[str, Path]) -> None:

@@ -24,17 +24,13 @@ _NAME: Final = "chat"
 _FUEL: Final = 20_000
 _FUEL_PER_MESSAGE: Final = 1_000
 _MAX_RENDERED_CHARS: Final = 16 << 20
-_PROBE_BYTES: Final = 1 << 30
-_PROBE_SECONDS: Final = 5
+_PROBE_BYTES: Final = 512 << 20
+_PROBE_SECONDS: Final = 2
 
-# Variables and functions that a request's chat_template_kwargs may not replace.
-_RESERVED: Final = frozenset(
-    ["messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "range", "dict", "namespace", "debug", "cycler", "joiner", "lipsum", "loop", "self", "super", "caller"]
-)
+# What the renderer sets and a request's chat_template_kwargs may not replace.
+_SET_HERE: Final = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 # These depend on the template alone; all other render errors depend on the messages too.
-_TEMPLATE_FAULTS: Final = frozenset(
-    ["OutOfFuel", "SyntaxError", "TemplateNotFound", "UnknownFilter", "UnknownTest", "UnknownFunction"]
-)
+_TEMPLATE_FAULTS: Final = {"TemplateNotFound", "UnknownFilter", "UnknownTest", "UnknownFunction"}
 # The tag marks assistant text for training; for rendering it is only a scope.
 _GENERATION_TAG: Final = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
@@ -60,7 +56,9 @@ class ChatTemplate:
         except TemplateError as error:
             raise ModelFolderError(f"chat template does not compile: {_one_line(error)}") from None
         self.source = source
-        self.kwarg_names = frozenset(env.undeclared_variables_in_template(_NAME)) - _RESERVED
+        self.kwarg_names = frozenset(env.undeclared_variables_in_template(_NAME)).difference(
+            env.globals, _SET_HERE
+        )
         self._env = env
         self._lock = threading.Lock()  # fuel is a property of the environment, not of a render
 
@@ -84,6 +82,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
@@ -123,7 +122,7 @@ class ChatTemplate:
 
 
 def probe(source: str, *, bos_token: str | None, eos_token: str | None) -> None:
-    """Raises ModelFolderError if short conversations cost the template 1 GiB, 5 s or a crash.
+    """Raises ModelFolderError if short conversations cost the template 512 MiB, 2 s or a crash.
 
     Runs in a child process: an allocation that fails there aborts it, not the caller.
     """
@@ -138,12 +137,7 @@ def probe(source: str, *, bos_token: str | None, eos_token: str | None) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        fault = ""
-    else:
-        if child.returncode == 0:
-            return
-        fault = child.stdout.decode(errors="replace")
-    raise ModelFolderError(
+    XX    raise ModelFolderError(
         fault
         or f"chat template needs over {_PROBE_BYTES >> 20} MiB or {_PROBE_SECONDS} s for a short"
         " conversation, or crashes; give another one with --chat-template FILE"
@@ -186,7 +180,7 @@ def _render_fault(error: TemplateError) -> InvalidRequest | ModelFolderError:
 
 
 def _one_line(error: TemplateError) -> str:
-    return f"line {error.line}: {error.detail or error.message}".replace("\n", " ")
+    return str(error).replace("\n", " ")
 
 
 def _as_scope(tag: re.Match[str]) -> str:

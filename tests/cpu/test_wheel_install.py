@@ -1,79 +1,103 @@
-"""The wheel and the sdist as a stranger gets them: built from a copy, used outside the tree."""
+"""The wheel as a stranger gets it: built from a copy of the tree, used outside of it."""
 
-import importlib.metadata
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGEST_WHEEL = 16 * 1024**2
+LARGEST_WHEEL_BYTES = 16 * 1024**2
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """The command's standard output; its errors are shown when it fails."""
-    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "JAX_PLATFORMS": "cpu"}
+    """The standard output of a command that knows nothing of this session's environment."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)}
     done = subprocess.run(
-        command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@dataclass(frozen=True)
-class Built:
-    """The two archives of one build."""
-
-    wheel: Path
-    sdist: Path
-
-    def in_wheel(self) -> set[str]:
-        return set(zipfile.ZipFile(self.wheel).namelist())
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Builds the sdist from a copy of the tree and the wheel from the sdist, without a network.
-
-    In the tree itself a build would take files over from earlier ones.
-    """
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made from the sdist, which is made from a copy: files of earlier builds would get in here."""
     tree = tmp_path_factory.mktemp("source") / "tree"
-    left_behind = shutil.ignore_patterns(
-        ".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist"
-    )
-    shutil.copytree(ROOT, tree, ignore=left_behind)
+    ignored = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*ignored, "dist"))
     run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
-    (wheel,), (sdist,) = tree.glob("dist/*.whl"), tree.glob("dist/*.tar.gz")
-    return Built(wheel, sdist)
+    (built,) = tree.glob("dist/*.whl")
+    return built
 
 
-def required(name: str, extras: frozenset[str] = frozenset()) -> Iterator[str]:
-    """What an installer would bring for the installed package `name`, itself first."""
-    yield name
-    for line in importlib.metadata.requires(name) or []:
-        requirement = Requirement(line)
-        wanted = requirement.marker is None or any(
-            requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}
-        )
-        if wanted:
-            yield from required(requirement.name, frozenset(requirement.extras))
+def requirements(package: Distribution, extras: set[str]) -> list[Requirement]:
+    """What an installer brings for a package asked for with these extras."""
+    found = [Requirement(line) for line in package.requires or []]
+    asked = [{"extra": extra} for extra in extras | {""}]
+    return [r for r in found if r.marker is None or any(map(r.marker.evaluate, asked))]
 
 
-def dependencies_of(wheel: Path) -> set[str]:
-    ...
+def link_dependencies(package: Distribution, site: Path) -> None:
+    """Puts the packages that `package` declares, and theirs, into `site` as links to ours."""
+    waiting, seen = requirements(package, set()), set()
+    while waiting:
+        requirement = waiting.pop()
+        if str(requirement) in seen:
+            continue
+        seen.add(str(requirement))
+        ours = distribution(requirement.name)
+        waiting += requirements(ours, requirement.extras)
+        for top in {file.parts[0] for file in ours.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(ours.locate_file(top))))
 
 
 @pytest.fixture(scope="module")
-def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts folder of an environment with the wheel and its declared dependencies alone.
+def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment that has the wheel and its declared dependencies only."""
+    folder = tmp_path_factory.mktemp("empty")
+    run(sys.executable, "-m", "venv", "env", cwd=folder)
+    pip = folder / "env/bin/python", "-m", "pip", "--disable-pip-version-check"
+    run(*pip, "install", "--no-deps", "--no-index", "--no-compile", wheel, cwd=folder)
+    (metadata,) = folder.glob("env/lib/python*/site-packages/duetjax-*.dist-info")
+    link_dependencies(PathDistribution(metadata), metadata.parent)
+    return folder / "env/bin"
 
-    The dependencies are links to the packages that this interpreter has, to spare a download.
-    """
-    ...
+
+def test_the_wheel_holds_every_module_preset_and_demo_file_and_nothing_else(wheel: Path) -> None:
+    def files(folder: str, pattern: str) -> set[str]:
+        return {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)}
+
+    demo = {f"duetjax/demo/{path.name}" for path in (ROOT / "checkpoints/demo").glob("*.*")}
+    code = files("duetjax", "**/*.py") | files("pallas_kernels", "**/*.py")
+    expected = code | demo | files("duetjax", "presets/**/*.json") | {"duetjax/py.typed"}
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_the_wheel_carries_its_licence(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (licence,) = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
+    assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_wheel_is_small_enough_to_ship_its_demo(wheel: Path) -> None:
+    assert wheel.stat().st_size < LARGEST_WHEEL_BYTES
+
+
+def test_an_environment_with_the_wheel_alone_answers_a_question(scripts: Path) -> None:
+    away = scripts.parent
+    answer = run(scripts / "duetjax", "generate", "What is TTFT?", "--max-tokens", "16", cwd=away)
+    assert answer.strip()
+    imported = run(scripts / "python", "-c", "import duetjax; print(duetjax.__file__)", cwd=away)
+    assert Path(imported.strip()).is_relative_to(away)
+
+
+def test_that_environment_has_none_of_the_development_packages(scripts: Path) -> None:
+    find = "from importlib.util import find_spec; print(find_spec('pytest'), find_spec('mypy'))"
+    assert run(scripts / "python", "-c", find, cwd=scripts.parent) == "None None\n"

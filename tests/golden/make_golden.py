@@ -72,15 +72,18 @@ def greedy(model: torch.nn.Module, prompt: np.ndarray) -> np.ndarray:
 def golden(name: str) -> dict[str, np.ndarray]:
     """The arrays of one golden file; README.md says what each holds."""
     with tempfile.TemporaryDirectory() as scratch:
-        tiny.write_checkpoint(name, Path(scratch))
-        exact = load(Path(scratch), torch.float32)
-        rounded = load(Path(scratch), torch.bfloat16)
+        for dtype in ("float32", "bfloat16"):
+            tiny.write_checkpoint(name, Path(scratch, dtype), dtype)
+        exact = load(Path(scratch, "float32"), torch.float32)
+        rounded = load(Path(scratch, "bfloat16"), torch.bfloat16)
+    for key, weight in exact.state_dict().items():
+        assert torch.equal(weight.to(torch.bfloat16), rounded.state_dict()[key]), key
     tokens = greedy(exact, tiny.prompt(name, PROMPT_LEN))
     logits = forward(exact, tokens)
     continuation = logits[PROMPT_LEN - 1 : -1].argmax(-1)
     assert (continuation == tokens[PROMPT_LEN:]).all(), "one pass and greedy steps disagree"
     gaps = top2_gap(logits)
-    assert gaps[PROMPT_LEN - 1 : -1].min() > 1e-3, "a near-tie: choose another prompt"
+    assert gaps[PROMPT_LEN - 1 : -1].min() > 1e-3, f"{name}: a near-tie, hash another prompt"
     logits_bf16 = forward(rounded, tokens)
     return {
         "prompt_len": np.array(PROMPT_LEN),

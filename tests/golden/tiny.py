@@ -67,7 +67,7 @@ def weights(config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 def prompt(name: str, length: int) -> np.ndarray:
     """The first `length` prompt tokens [length] int32 of the tiny model called `name`."""
     vocab = CONFIGS[name]["vocab_size"]
-    return (_hash(f"{name}/prompt", length) % np.uint64(vocab)).astype(np.int32)
+    return (_hash(f"prompt of {name}", length) % np.uint64(vocab)).astype(np.int32)
 
 
 def fingerprint(name: str) -> str:

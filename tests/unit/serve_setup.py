@@ -26,16 +26,12 @@ TEMPLATE = (
 
 def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> None:
     """A folder's tokenizer: token id = byte, 256 = <|end|>."""
-    shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocab = {shown.pre_tokenize_str(chr(b))[0][0]: b for b in range(128)}
-    spare = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocab))
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in printable]
-    for byte in range(128, 256):
-        vocab[chr(byte) if byte in printable else chr(256 + hidden.index(byte))] = byte
-    assert len(vocab) == 256 and set(spare) <= set(vocab), "not the byte alphabet"
+    vocab = {chr(b) if b in printable else chr(256 + hidden.index(b)): b for b in range(256)}
+    assert set(vocab) == set(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = shown
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     assert tokenizer.token_to_id("<|end|>") == END

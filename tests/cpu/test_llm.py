@@ -1,0 +1,162 @@
+"""The Python API on the demo checkpoint: real tokenizer, weights, programs and engine."""
+
+import itertools
+import threading
+
+import pytest
+from compare import first_differences
+
+from duetjax import LLM, SamplingParams
+from duetjax.config import ConfigError, InvalidRequest, ModelFolderError
+
+QUESTION = [{"role": "user", "content": "What is TTFT?"}]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(max_num_seqs=16, max_num_batched_tokens=128) as llm:
+        yield llm
+
+
+def free_pages(llm):
+    return llm._model.engine.stats().pages_free
+
+
+def test_a_text_and_its_token_ids_give_the_same_completion(llm):
+    [text] = llm.generate("Prefill is", GREEDY, use_tqdm=False)
+    [ids] = llm.generate(list(text.prompt_token_ids), GREEDY, use_tqdm=False)
+    assert text.outputs[0].token_ids == ids.outputs[0].token_ids
+    assert text.outputs[0].text == ids.outputs[0].text
+    assert text.prompt == "Prefill is"
+    assert ids.prompt is None
+
+
+def test_a_chat_answer_ends_at_the_end_of_turn(llm):
+    [answer] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=96), use_tqdm=False)
+    assert answer.outputs[0].finish_reason == "stop"
+    assert "first token" in answer.outputs[0].text
+
+
+def test_results_come_in_the_order_of_the_prompts(llm):
+    prompts = ["The scheduler", "A page", "Once upon a time", "Decode"]
+    alone = [llm.generate(p, GREEDY, use_tqdm=False)[0].outputs[0] for p in prompts]
+    together = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [t.prompt for t in together] == prompts
+    differences = first_differences(
+        [t.outputs[0].token_ids for t in together],
+        [a.token_ids for a in alone],
+        [[1.0] * len(a.token_ids) for a in alone],
+    )
+    assert not differences
+
+
+def test_a_seed_draws_the_same_tokens_alone_and_in_a_batch_of_sixteen(llm):
+    params = SamplingParams(temperature=1.2, max_tokens=20, seed=5)
+    [alone] = llm.generate("The cache", params, use_tqdm=False)
+    others = [SamplingParams(temperature=0.9, max_tokens=20, seed=s) for s in range(100, 115)]
+    batch = llm.generate(["The cache"] * 16, [*others, params], use_tqdm=False)
+    assert batch[-1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert len({o.outputs[0].token_ids for o in batch}) > 8
+
+
+def test_n_completions_differ_and_the_first_is_the_seed_alone(llm):
+    params = SamplingParams(temperature=1.0, max_tokens=16, seed=3)
+    [one] = llm.generate("A request", params, use_tqdm=False)
+    [three] = llm.generate(
+        "A request", SamplingParams(n=3, temperature=1.0, max_tokens=16, seed=3), use_tqdm=False
+    )
+    assert [o.index for o in three.outputs] == [0, 1, 2]
+    assert three.outputs[0].token_ids == one.outputs[0].token_ids
+    assert len({o.token_ids for o in three.outputs}) == 3
+
+
+def test_unseeded_requests_are_drawn_afresh(llm):
+    params = SamplingParams(temperature=1.5, max_tokens=16)
+    drawn = {llm.generate("A", params, use_tqdm=False)[0].outputs[0].token_ids for _ in range(4)}
+    assert len(drawn) > 1
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    [full] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
+    text = full.outputs[0].text
+    stop = text[8:14]
+    params = SamplingParams(temperature=0, max_tokens=64, stop=stop)
+    [cut] = llm.chat(QUESTION, params, use_tqdm=False)
+    assert cut.outputs[0].text == text[: text.index(stop)]
+    assert cut.outputs[0].finish_reason == "stop"
+
+
+def test_streamed_pieces_add_up_to_the_whole(llm):
+    [whole] = llm.chat(QUESTION, GREEDY, use_tqdm=False)
+    deltas = list(llm.stream_chat(QUESTION, GREEDY))
+    assert "".join(d.text for d in deltas) == whole.outputs[0].text
+    assert deltas[-1].finish_reason == whole.outputs[0].finish_reason
+    assert all(d.finish_reason is None for d in deltas[:-1])
+
+
+def test_timings_are_one_increasing_time_per_token(llm):
+    [result] = llm.generate("The engine", GREEDY, use_tqdm=False)
+    output = result.outputs[0]
+    times = output.timings.token_times
+    assert len(times) == len(output.token_ids)
+    assert all(0 < a <= b for a, b in itertools.pairwise(times))
+    assert output.timings.ttft == times[0]
+    assert len(output.timings.tbt) == len(times) - 1
+
+
+def test_a_dropped_stream_gives_its_pages_back(llm):
+    before = free_pages(llm)
+    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
+    stream = llm.stream("Tell me", params)
+    next(stream)
+    assert free_pages(llm) < before
+    stream.close()
+    llm.generate("x", SamplingParams(max_tokens=1), use_tqdm=False)  # a step after the abort
+    assert free_pages(llm) == before
+
+
+def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(llm):
+    before = free_pages(llm)
+    with pytest.raises(InvalidRequest, match="token ids are integers"):
+        llm.generate([[1, 2, 3], [10**6]], SamplingParams(max_tokens=2000), use_tqdm=False)
+    llm.generate("x", SamplingParams(max_tokens=1), use_tqdm=False)
+    assert free_pages(llm) == before
+
+
+def test_threads_share_one_engine(llm):
+    [wanted] = llm.generate("A slot", GREEDY, use_tqdm=False)
+    got = []
+    threads = [
+        threading.Thread(target=lambda: got.append(llm.generate("A slot", GREEDY, use_tqdm=False)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [g[0].outputs[0].token_ids for g in got] == [wanted.outputs[0].token_ids] * 8
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(llm):
+    with pytest.raises(InvalidRequest, match="4096"):
+        llm.generate([[5] * 4096], GREEDY, use_tqdm=False)
+    [last] = llm.generate([[5] * 4095], SamplingParams(max_tokens=50), use_tqdm=False)
+    assert last.outputs[0].finish_reason == "length"
+    assert len(last.outputs[0].token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "cure"),
+    [
+        ({"max_model_len": 100_000}, ConfigError, "--max-model-len 4096"),
+        ({"kv_cache_memory_bytes": 1000}, ConfigError, "--kv-cache-memory-bytes"),
+        ({"page_size": 48}, ConfigError, "16, 32, 64 or 128"),
+        ({"model": "./nowhere"}, ModelFolderError, "no such folder"),
+        ({"model": "qwen3-8b"}, ModelFolderError, "--load-format dummy"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_cure(arguments, error, cure):
+    with pytest.raises(error, match=cure) as caught:
+        LLM(**arguments)
+    assert "\n" not in str(caught.value)
