@@ -1,5 +1,5 @@
-# Every target works in $(VENV), which is made on first use and brought up to date when pyproject.toml
-# or a lock file changes. `make test LATEST=1` resolves the newest allowed packages in another one.
+# Every target works in $(VENV), which is made on first use and brought up to date when
+# pyproject.toml or a lock file changes. `make test LATEST=1` resolves freely, in another one.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -37,7 +37,7 @@ lock:  ## resolve both lock files anew, with jax at LOCKED_JAX
 RESOLVE := build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.12 \
 	--generate-hashes --no-annotate --custom-compile-command 'make lock'
 
-# Installing with uv takes seconds, with pip about a minute; both take the same files by their hashes.
+# Installing takes seconds with uv, a minute with pip; both take the same files by their hashes.
 ifneq ($(shell command -v uv),)
 new_venv = uv venv --quiet --python "$$python"
 install = uv pip install --python $(PY)

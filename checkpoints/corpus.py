@@ -17,7 +17,7 @@ import phrasing
 import stories
 
 SEED = 20_240
-DOCUMENTS = 60_000
+DOCUMENTS = 40_000
 
 _HERE = Path(__file__).parent
 _REFUSAL = (
@@ -139,7 +139,7 @@ class Writer:
     def document(self) -> Document:
         """The next document: mostly one question and its answer."""
         kinds = (self._single, self._dialogue, self._long_prompt, self._plain)
-        return self._rng.choices(kinds, (76, 15, 3, 6))[0]()
+        return self._rng.choices(kinds, (80, 13, 3, 4))[0]()
 
     def question(self, topic: Topic) -> str:
         """One wording of a question that `topic` answers."""
@@ -165,7 +165,7 @@ class Writer:
         other = rng.random()
         if other < 0.07:
             return [Turn(self._reworded(rng.choice(_ELSEWHERE)), _REFUSAL)]
-        if other < 0.11:
+        if other < 0.10:
             return [self._story()]
         [topic] = rng.choices(self._topics, self._weights)
         turns = [Turn(self.question(topic), topic.answer)]

@@ -21,7 +21,7 @@ CONFIG: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 192,
     "intermediate_size": 512,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 5,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.model.kv_pages import KVLayout
 
-_PAGE_STEP = 256  # large pools are rounded, so that a little more memory is not a new program
+_PAGE_STEP = 256  # pools are rounded down, so that a little more memory is not a new program
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,10 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str) -> MemoryP
             f" --kv-cache-memory-bytes is {engine.kv_cache_memory_bytes}; raise it or lower"
             " --max-model-len"
         )
-    pages = min(fit, engine.max_num_seqs * -(-wanted // engine.page_size) + 1)
-    pages = pages // _PAGE_STEP * _PAGE_STEP or pages
+    context_pages = -(-wanted // engine.page_size)
+    rounded = fit // _PAGE_STEP * _PAGE_STEP
+    if rounded > context_pages:
+        fit = rounded
+    pages = min(fit, engine.max_num_seqs * context_pages + 1)
     layout = KVLayout.of(model, pages, engine.page_size, dtype)
     return MemoryPlan(layout, wanted)

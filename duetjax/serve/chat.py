@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duetjax.config import ModelFolderError
 from duetjax.serve.call import Call, Delta, check_characters, check_model, make_choices
 from duetjax.serve.context import Service
+from duetjax.serve.errors import HttpError
 from duetjax.serve.protocol import ChatBody, ignored_header
 
 
@@ -20,9 +22,7 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
     check_model(service, body.model)
     messages = [message.as_template_value() for message in body.messages]
     check_characters(service, sum(len(m["content"]) for m in messages), "messages")
-    prompt = tuple(
-        service.tokenizer.encode_chat(messages, template_kwargs=body.chat_template_kwargs)
-    )
+    prompt = _encode(service, messages, body.chat_template_kwargs)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     choices = make_choices(service, body, call_id, [prompt], usual_max_tokens=None)
     reply = ChatReply(
@@ -37,6 +37,16 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         headers=ignored_header(body),
     )
+
+
+def _encode(
+    service: Service, messages: list[dict[str, str]], template_kwargs: dict[str, bool | str]
+) -> tuple[int, ...]:
+    try:
+        ids = service.tokenizer.encode_chat(messages, template_kwargs=template_kwargs)
+    except ModelFolderError as error:  # a 5xx would make clients ask again, in vain
+        raise HttpError(400, "chat_template_failed", str(error), param="messages") from None
+    return tuple(ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,15 +28,13 @@ _PROBE_BYTES: Final = 512 << 20
 _PROBE_SECONDS: Final = 2
 
 # What the renderer sets and a request's chat_template_kwargs may not replace.
-_SET_HERE: Final = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+_SET_HERE: Final = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+)
 # These depend on the template alone; all other render errors depend on the messages too.
 _TEMPLATE_FAULTS: Final = {"TemplateNotFound", "UnknownFilter", "UnknownTest", "UnknownFunction"}
 # The tag marks assistant text for training; for rendering it is only a scope.
 _GENERATION_TAG: Final = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-
-
-class _TemplateRefused(Exception):
-    """Carries what a template passed to raise_exception."""
 
 
 class ChatTemplate:
@@ -48,14 +46,14 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         env = Environment(trim_blocks=True, lstrip_blocks=True, debug=False)
         env.add_global("raise_exception", _raise_exception)
-        env.add_global("strftime_now", _strftime_now)
+        env.add_global("strftime_now", lambda form: datetime.now().strftime(form))
         env.add_filter("tojson", _tojson)
-        env.add_test("sequence", _is_sequence)
+        # In Jinja2, strings and mappings are sequences too.
+        env.add_test("sequence", lambda value: isinstance(value, Sequence | Mapping))
         try:
             env.add_template(_NAME, _GENERATION_TAG.sub(_as_scope, source))
         except TemplateError as error:
             raise ModelFolderError(f"chat template does not compile: {_one_line(error)}") from None
-        self.source = source
         self.kwarg_names = frozenset(env.undeclared_variables_in_template(_NAME)).difference(
             env.globals, _SET_HERE
         )
@@ -107,8 +105,8 @@ class ChatTemplate:
             with self._lock:
                 self._env.fuel = _FUEL + _FUEL_PER_MESSAGE * len(messages)
                 text = self._env.render_template(_NAME, **context)
-        except _TemplateRefused as error:
-            raise InvalidRequest(str(error), param="messages") from None
+        except InvalidRequest:  # from raise_exception
+            raise
         except TemplateError as error:
             raise _render_fault(error) from None
         except Exception as error:
@@ -127,21 +125,21 @@ def probe(source: str, *, bos_token: str | None, eos_token: str | None) -> None:
     Runs in a child process: an allocation that fails there aborts it, not the caller.
     """
     case = {"source": source, "bos_token": bos_token, "eos_token": eos_token}
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps(case).encode(),
-            capture_output=True,
-            timeout=4 * _PROBE_SECONDS,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-    XX    raise ModelFolderError(
-        fault
-        or f"chat template needs over {_PROBE_BYTES >> 20} MiB or {_PROBE_SECONDS} s for a short"
-        " conversation, or crashes; give another one with --chat-template FILE"
+    child = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps(case).encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        check=False,
     )
+    if child.returncode > 0:
+        report = (child.stdout or child.stderr).decode(errors="replace").strip()
+        raise ModelFolderError(report.rpartition("\n")[2])
+    if child.returncode < 0:
+        raise ModelFolderError(
+            f"chat template needs over {_PROBE_BYTES >> 20} MiB or {_PROBE_SECONDS} s for a short"
+            " conversation, or crashes; give another one with --chat-template FILE"
+        )
 
 
 def _probe_child() -> int:
@@ -188,11 +186,7 @@ def _as_scope(tag: re.Match[str]) -> str:
 
 
 def _raise_exception(message: object = "") -> NoReturn:
-    raise _TemplateRefused(str(message)[:1000])
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+    raise InvalidRequest(str(message)[:1000], param="messages")
 
 
 def _tojson(
@@ -206,11 +200,6 @@ def _tojson(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _is_sequence(value: object) -> bool:
-    """Strings and mappings are sequences in Jinja2, not in minijinja."""
-    return isinstance(value, Sequence | Mapping)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class TextStream:
     beginning of a stop string is held back until it is decided. The deltas and `finish()` together
     are the decoded text cut at the first stop string, wherever the pushes were cut: the string
     that is complete first wins, the longest of those that end together. With
-    `include_stop_str` the text ends after the stop string, otherwise before it.
+    `include_stop_str` the text ends after the stop string, otherwise before it. stopped: whether
+    a stop string has ended the text.
     """
 
     def __init__(
@@ -40,30 +41,25 @@ class TextStream:
         self._longest_stop = max(map(len, stop), default=0)
         self._include_stop_str = include_stop_str
         self._held = ""
-        self._stopped = False
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the text."""
-        return self._stopped
+        self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Takes the next tokens; those after a stop string are ignored."""
         texts = []
         for token_id in token_ids:
-            if self._stopped:
+            if self.stopped:
                 break
             if token_id not in self._special_ids:
                 texts.append(self._release(self._decoder.push(token_id)))
-        return TextDelta("".join(texts), self._stopped)
+        return TextDelta("".join(texts), self.stopped)
 
     def finish(self) -> str:
         """The rest of the text, held-back parts and an unfinished character included."""
-        if self._stopped:
+        if self.stopped:
             return ""
         text = self._release(self._decoder.finish())
         held, self._held = self._held, ""
-        return text if self._stopped else text + held
+        return text if self.stopped else text + held
 
     def _release(self, new: str) -> str:
         """Adds decoded text and returns what is certain to stay."""
@@ -75,18 +71,13 @@ class TextStream:
         ]
         if matches:
             end, start = min(matches)
-            self._stopped, self._held = True, ""
+            self.stopped, self._held = True, ""
             return text[:end] if self._include_stop_str else text[:start]
-        certain = self._first_possible_start(text)
+        starts = range(max(0, len(text) - self._longest_stop + 1), len(text))
+        possible = (i for i in starts if any(stop.startswith(text[i:]) for stop in self._stop))
+        certain = next(possible, len(text))
         self._held = text[certain:]
         return text[:certain]
-
-    def _first_possible_start(self, text: str) -> int:
-        """Where the longest end of `text` begins that a stop string could continue."""
-        for start in range(max(0, len(text) - self._longest_stop + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stop):
-                return start
-        return len(text)
 
 
 class _IncrementalDecoder:

@@ -5,15 +5,12 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import tokenizers
 
-from duetjax.config import ConfigError, InvalidRequest, ModelFolderError
+from duetjax.config import InvalidRequest, ModelFolderError
 from duetjax.text.chat_template import ChatTemplate, probe
-
-# Private-use characters, tried in order, that mark control tokens typed by a user.
-_MARKS: Final = tuple(map(chr, range(0xF0000, 0xF0040)))
 
 
 class Tokenizer:
@@ -21,7 +18,8 @@ class Tokenizer:
 
     bos_token, eos_token: texts of special tokens, None where the model has none. add_bos: whether
     `encode` begins with the BOS token; None leaves that to the tokenizer's post-processor.
-    Encoding releases the GIL.
+    Encoding releases the GIL. vocab_size: one more than the largest id. has_chat_template: whether
+    `encode_chat` can be used.
     """
 
     def __init__(
@@ -36,6 +34,7 @@ class Tokenizer:
         self._backend = _load_backend(tokenizer_json)
         self._chat = _ChatEncoder(tokenizer_json)
         self._template = chat_template
+        self.has_chat_template = chat_template is not None
         self._bos_token, self._eos_token = bos_token, eos_token
         self.bos_token_id = self._declared_id("bos_token", bos_token)
         self.eos_token_id = self._declared_id("eos_token", eos_token)
@@ -48,13 +47,14 @@ class Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json and the chat template.
 
         chat_template: a template file to use in place of the folder's. Raises `ModelFolderError`
-        for a missing or broken file, `ConfigError` if `chat_template` cannot be read.
+        for a missing or broken file.
         """
         config = _read_config(folder / "tokenizer_config.json")
         bos_token, eos_token = (_token_text(config, key) for key in ("bos_token", "eos_token"))
         source = _template_source(folder, config, chat_template)
-        template = None if source is None else ChatTemplate(source)
+        template = None
         if source is not None:
+            template = ChatTemplate(source)
             probe(source, bos_token=bos_token, eos_token=eos_token)
         add_bos = config.get("add_bos_token")
         return cls(
@@ -64,11 +64,6 @@ class Tokenizer:
             add_bos=add_bos if isinstance(add_bos, bool) else None,
             chat_template=template,
         )
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` can be used."""
-        return self._template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; special tokens spelled in the text become control tokens.
@@ -109,15 +104,14 @@ class Tokenizer:
             )
         kwargs = dict(template_kwargs or {})
         self._template.check_kwargs(kwargs)
-        mark = _unused_mark("".join(_strings([messages, kwargs])), self._template.source)
         text = self._template.render(
-            self._chat.guard(messages, mark),
+            self._chat.guard(messages),
             bos_token=self._bos_token,
             eos_token=self._eos_token,
             add_generation_prompt=add_generation_prompt,
-            **self._chat.guard(kwargs, mark),
+            **self._chat.guard(kwargs),
         )
-        return self._chat.encode(text, mark)
+        return self._chat.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become replacement characters.
@@ -141,7 +135,7 @@ class _ChatEncoder:
     """Encodes rendered conversations; control tokens are those the template wrote, no others.
 
     Works on a second copy of the tokenizer that takes special tokens for text. Each special
-    token has a stand-in there, an added token with a secret text and the same whitespace
+    token has a stand-in there: an added token with a text nobody can guess and the same whitespace
     rules. `guard` breaks special tokens inside messages with a mark; `encode` puts the stand-ins
     where unbroken special tokens are, removes the marks, and renames the ids back.
     """
@@ -157,38 +151,35 @@ class _ChatEncoder:
         self._typed = _any_of([name for name in names if len(name) > 1])
         self._beginnings = frozenset(name[:k] for name in names for k in range(1, len(name)))
         self._longest = max(map(len, names), default=0)
-        # Unknown characters may become a special token by right.
+        # An unknown character becomes a special token by right.
         self._never_text = self.special_ids.difference(_ids(self._backend, "\U0010fffd", False))
-        self._stand_in: dict[str, str] = {}
-        self._special_of: dict[int, int] = {}
-        secret = secrets.token_hex(8)
-        for token_id, token in special.items():
-            stand_in = f"\uf8fe{secret}.{token_id}\uf8ff"
-            self._special_of[self._add(stand_in, token.lstrip, token.rstrip)] = token_id
-            self._stand_in[token.content] = stand_in
-        self._cut = f"\uf8fe{secret}\uf8ff"
+        secret = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
+        self._mark, self._cut = secret + "\uf8fe", secret + "\uf8ff"
         self._cut_id = self._add(self._cut, False, False)
+        self._stand_in = {t.content: f"{secret}{i}\uf8ff" for i, t in special.items()}
+        self._special_of = {
+            self._add(self._stand_in[t.content], t.lstrip, t.rstrip): i for i, t in special.items()
+        }
 
-    def guard(self, value: Any, mark: str) -> Any:  # noqa: ANN401 - any JSON value
+    def guard(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
         """A copy in which no string, and no two strings in a row, spell a special token."""
         if isinstance(value, str):
-            return self._guard_text(value, mark)
+            return self._guard_text(value)
         if isinstance(value, Mapping):  # templates compare roles, which are a closed set
             return {
-                self._guard_text(k, mark): v if k == "role" else self.guard(v, mark)
-                for k, v in value.items()
+                self._guard_text(k): v if k == "role" else self.guard(v) for k, v in value.items()
             }
         if isinstance(value, Sequence):
-            return [self.guard(v, mark) for v in value]
+            return [self.guard(v) for v in value]
         return value
 
-    def encode(self, text: str, mark: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Token ids of a text rendered from guarded messages."""
         text = self._spelled.sub(lambda m: self._stand_in[m[0]], text)
-        ids = _ids(self._backend, text.replace(mark, ""), False)
+        ids = _ids(self._backend, text.replace(self._mark, ""), False)
         if not self._never_text.isdisjoint(ids):
             # A model such as Unigram holds "</s>" as an ordinary piece: encode around the marks.
-            ids = _ids(self._backend, text.replace(mark, self._cut), False)
+            ids = _ids(self._backend, text.replace(self._mark, self._cut), False)
             ids = [i for i in ids if i != self._cut_id]
         if not self._never_text.isdisjoint(ids):
             raise InvalidRequest(
@@ -197,10 +188,11 @@ class _ChatEncoder:
             )
         return [self._special_of.get(i, i) for i in ids]
 
-    def _guard_text(self, text: str, mark: str) -> str:
-        guarded = self._typed.sub(lambda m: m[0][0] + mark + m[0][1:], text)
+    def _guard_text(self, text: str) -> str:
+        _check_unicode(text)
+        guarded = self._typed.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
         ends = (text[-k:] for k in range(1, min(self._longest, len(text) + 1)))
-        return guarded + mark if any(end in self._beginnings for end in ends) else guarded
+        return guarded + self._mark if any(e in self._beginnings for e in ends) else guarded
 
     def _add(self, text: str, lstrip: bool, rstrip: bool) -> int:
         token = tokenizers.AddedToken(text, lstrip=lstrip, rstrip=rstrip, normalized=False)
@@ -218,28 +210,6 @@ def _ids(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
-
-
-def _strings(value: Any) -> list[str]:  # noqa: ANN401 - any JSON value
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [s for pair in value.items() for part in pair for s in _strings(part)]
-    if isinstance(value, Sequence):
-        return [s for part in value for s in _strings(part)]
-    return []
-
-
-def _unused_mark(texts: str, template: str) -> str:
-    _check_unicode(texts)
-    for mark in _MARKS:
-        if mark not in texts and mark not in template:
-            return mark
-    raise InvalidRequest(
-        f"messages use all of the private characters U+{ord(_MARKS[0]):X} to"
-        f" U+{ord(_MARKS[-1]):X}; remove one",
-        param="messages",
-    )
 
 
 def _check_unicode(text: str) -> None:
@@ -263,31 +233,33 @@ def _load_backend(tokenizer_json: bytes) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_tokenizer_json(folder: Path) -> bytes:
-    path = folder / "tokenizer.json"
+def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        pass
+        return None
     except OSError as error:
-        raise ModelFolderError(f"{path}: {error.strerror}") from None
-    others = [n for n in ("tokenizer.model", "tekken.json", "vocab.json") if (folder / n).exists()]
-    if not others:
-        raise ModelFolderError(f"{folder} has no tokenizer.json; copy it from the model's hub page")
-    raise ModelFolderError(
-        f"{folder} has {others[0]} but no tokenizer.json; write one where transformers is installed:"
-        f" python -c 'from transformers import AutoTokenizer as T;"
-        f' T.from_pretrained("{folder}").save_pretrained("{folder}")\''
-    )
+        raise ModelFolderError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_tokenizer_json(folder: Path) -> bytes:
+    content = _read(folder / "tokenizer.json")
+    if content is not None:
+        return content
+    for other in ("tokenizer.model", "tekken.json", "vocab.json"):
+        if (folder / other).exists():
+            raise ModelFolderError(
+                f"{folder} has {other} but no tokenizer.json; where transformers is installed, run"
+                " python -c 'from transformers import AutoTokenizer as T;"
+                f' T.from_pretrained("{folder}").save_pretrained("{folder}")\''
+            )
+    raise ModelFolderError(f"{folder} has no tokenizer.json; copy it from where the model is from")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    content = _read(path)
     try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ModelFolderError(f"{path}: {error.strerror}") from None
+        config = {} if content is None else json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -307,14 +279,12 @@ def _token_text(config: Mapping[str, Any], key: str) -> str | None:
 
 def _template_source(folder: Path, config: Mapping[str, Any], override: Path | None) -> str | None:
     """Text of the override, of chat_template.jinja, or of tokenizer_config.json, in this order."""
-    path = folder / "chat_template.jinja" if override is None else override
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        if override is not None:
-            raise ConfigError(f"--chat-template {override} cannot be read: {error}") from None
-        if not isinstance(error, FileNotFoundError):
-            raise ModelFolderError(f"{path} cannot be read: {error}") from None
+    path = override or folder / "chat_template.jinja"
+    content = _read(path)
+    if content is not None:
+        return content.decode(errors="replace")
+    if override is not None:
+        raise ModelFolderError(f"chat template {override} does not exist")
     template = config.get("chat_template")
     if isinstance(template, list):
         named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")

@@ -108,19 +108,19 @@ def _center_and_scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Middle and half width of a tensor's uniform values.
 
     Linears keep the variance of their input (half width sqrt(3 / columns)) times a gain. The gains
-    give attention scores of spread 1.2 and logits of spread 2, and let the layers count without
+    give attention scores of spread 1 and logits of spread 2, and let the layers count without
     drowning the embedding, which would amplify bfloat16's rounding. The final norm has both signs,
     or a tied head would answer most tokens with themselves.
     """
     if name.endswith(".bias"):
         return 0.0, 0.3
     if name == "model.norm.weight":
-        return 0.0, 0.65
+        return 0.0, 0.5
     if name.endswith("norm.weight"):
         return (1.1 if "self_attn" in name else 1.0), 0.4
     if name == "model.embed_tokens.weight":
-        return 0.0, 1.5
-    gains = {"q_proj": 1.1, "k_proj": 1.1, "down_proj": 0.7, "lm_head": 5.5}
+        return 0.0, 2.0
+    gains = {"v_proj": 0.8, "o_proj": 0.8, "down_proj": 0.7, "lm_head": 7.0}
     return 0.0, gains.get(name.split(".")[-2], 1.0) * math.sqrt(3.0 / shape[1])
 
 

@@ -136,6 +136,6 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def events(response: bytes) -> list[str]:
-    """The data of a stream's events, in order."""
-    text = response.decode()
-    return [block[6:] for block in text.split("\n\n") if block.startswith("data: ")]
+    """The data of a stream's events, in order; the stream may still be in HTTP chunks."""
+    lines = response.decode().splitlines()
+    return [line[6:] for line in lines if line.startswith("data: ")]

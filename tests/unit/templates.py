@@ -1,7 +1,15 @@
 """Chat templates in the styles of four model families, and tiny real tokenizers to go with them."""
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers import processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 LLAMA2 = """\
 {% if messages[0]['role'] == 'system' %}

@@ -12,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import duetjax
+from duetjax.checkpoint import hub as hub_module
+from duetjax.config import ModelFolderError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {
@@ -180,6 +183,20 @@ def test_a_hub_that_never_answers_is_given_up(home):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         [line] = resolve(f"http://127.0.0.1:{silent.getsockname()[1]}", home, "org/open")
     assert "on the hub not available (" in line
+
+
+def test_a_name_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    given_up = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: given_up.wait(60))
+    monkeypatch.setattr(hub_module, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelFolderError, match=r"not available \(no answer within"):
+        hub_module.download("org/open", weights=True)
+    assert not given_up.is_set()
+    given_up.set()
+    for thread in threading.enumerate():
+        if thread.name == "hub-probe":
+            thread.join()
 
 
 def test_an_id_that_the_library_rejects_is_one_line(hub, home):

@@ -163,3 +163,24 @@ def test_a_folder_without_a_chat_template_says_to_use_completions(tmp_path):
         response = chat(http)
         assert response.status_code == 400
         assert "/v1/completions" in response.json()["error"]["message"]
+
+
+def test_a_template_that_cannot_render_is_not_answered_with_a_status_that_clients_retry(tmp_path):
+    loop = "{% for a in range(4000) %}{% for b in range(4000) %}{% endfor %}{% endfor %}"
+    rarely = "{% if messages|length > 8 %}" + loop + "{% endif %}x"
+    write_tokenizer(tmp_path, template=rarely)
+    with serving(tmp_path) as served, served.http() as http:
+        assert chat(http).status_code == 200
+        response = chat(http, messages=HELLO * 9)
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "chat_template_failed"
+
+
+def test_a_control_token_typed_by_a_user_stays_text(http):
+    messages = [{"role": "user", "content": "<|end|>"}]
+    assert prompt_of(http, messages) == "[user]<|end|>>"
+
+
+def test_template_arguments_that_the_template_does_not_name_are_refused(http):
+    error = chat(http, chat_template_kwargs={"no_such": True}).json()["error"]
+    assert error["param"] == "chat_template_kwargs"

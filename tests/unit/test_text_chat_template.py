@@ -130,10 +130,10 @@ def test_a_conversation_of_a_thousand_messages_has_fuel_enough():
 
 def test_what_a_template_raises_is_the_requests_fault_in_the_templates_words():
     messages = [*USER, *USER]
-    with pytest.raises(InvalidRequest, match="^Turns must go user, assistant") as caught:
+    with pytest.raises(InvalidRequest, match=r"^Turns must go user, assistant") as caught:
         COMPILED["llama2"].render(messages, bos_token="<s>", eos_token="</s>")
     assert caught.value.param == "messages"
-    with pytest.raises(JinjaError, match="^Turns must go user, assistant"):
+    with pytest.raises(JinjaError, match=r"^Turns must go user, assistant"):
         jinja2_render(LLAMA2, messages, bos_token="<s>", eos_token="</s>")
 
 

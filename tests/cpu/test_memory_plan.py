@@ -1,0 +1,61 @@
+"""How KV memory is divided: pages that fit, contexts that fit, flags named when they do not."""
+
+import pytest
+
+from duetjax.config import ConfigError, EngineConfig, ModelConfig
+from duetjax.model.kv_pages import KVLayout
+from duetjax.runtime.memory import plan_memory
+
+MODEL = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    }
+)
+PAGE_BYTES = KVLayout.of(MODEL, 1, 64, "float32").page_bytes
+
+
+def plan(**engine):
+    return plan_memory(MODEL, EngineConfig(**engine), "float32")
+
+
+def test_a_page_holds_keys_and_values_of_every_layer():
+    assert PAGE_BYTES == 2 * 2 * 2 * 64 * 16 * 4
+
+
+def test_no_more_pages_are_made_than_full_contexts_need():
+    made = plan(max_num_seqs=2, max_model_len=640, kv_cache_memory_bytes=2**30)
+    assert made.layout.num_pages == 2 * 10 + 1
+
+
+def test_a_large_pool_is_rounded_down_to_256_pages():
+    made = plan(max_num_seqs=64, kv_cache_memory_bytes=1000 * PAGE_BYTES)
+    assert made.layout.num_pages == 768
+
+
+def test_an_open_context_shrinks_to_the_memory():
+    made = plan(max_num_seqs=2, kv_cache_memory_bytes=11 * PAGE_BYTES)
+    assert made.max_model_len == 10 * 64
+    assert made.layout.num_pages == 11
+    assert made.table_width == 10
+
+
+def test_an_open_context_is_the_model_s_where_memory_allows():
+    assert plan(kv_cache_memory_bytes=2**30).max_model_len == 4096
+
+
+@pytest.mark.parametrize("memory", [0, PAGE_BYTES, 10 * PAGE_BYTES])
+def test_a_context_that_does_not_fit_names_the_flag_and_the_bytes(memory):
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes"):
+        plan(max_model_len=640, kv_cache_memory_bytes=memory)
+
+
+def test_a_pool_that_rounding_makes_too_small_for_its_context_is_not_rounded():
+    made = plan(max_num_seqs=8, max_model_len=64 * 300, kv_cache_memory_bytes=400 * PAGE_BYTES)
+    assert made.layout.num_pages - 1 >= 300

@@ -1,0 +1,139 @@
+"""config.json and parameters as a stranger may write them."""
+
+import pytest
+
+from duetjax.config import (
+    ConfigError,
+    EngineConfig,
+    InvalidRequest,
+    ModelConfig,
+    ModelFolderError,
+    RopeConfig,
+    RopeType,
+    SamplingParams,
+)
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_old_and_new_spellings_of_rope_and_dtype_mean_the_same():
+    old = LLAMA | {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "llama3", **LLAMA3_ROPE},
+        "torch_dtype": "bfloat16",
+    }
+    new = LLAMA | {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE},
+        "dtype": "bfloat16",
+    }
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    assert ModelConfig.from_hf(old).rope.type is RopeType.LLAMA3
+
+
+def test_defaults_are_those_of_transformers():
+    config = ModelConfig.from_hf(LLAMA)
+    assert config.rope == RopeConfig(theta=10_000.0)
+    assert (config.rms_norm_eps, config.head_dim, config.dtype) == (1e-6, 16, "float32")
+    assert not (config.tie_word_embeddings or config.qkv_bias or config.mlp_bias or config.qk_norm)
+    assert ModelConfig.from_hf({**LLAMA, "num_key_value_heads": None}).num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "window"),
+    [
+        ("MistralForCausalLM", {}, 4096),
+        ("MistralForCausalLM", {"sliding_window": None}, None),
+        ("MistralForCausalLM", {"sliding_window": 512}, 512),
+        ("Qwen2ForCausalLM", {"sliding_window": 512}, None),
+        ("Qwen2ForCausalLM", {"sliding_window": 512, "use_sliding_window": True}, 512),
+        ("Qwen3ForCausalLM", {"sliding_window": 512, "use_sliding_window": False}, None),
+        ("LlamaForCausalLM", {}, None),
+    ],
+)
+def test_a_sliding_window_counts_where_the_architecture_uses_it(architecture, keys, window):
+    config = ModelConfig.from_hf({**LLAMA, "architectures": [architecture], **keys})
+    assert config.sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architectures"),
+        ({"architectures": None}, "architectures"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "low_freq_factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"vocab_size": "128"}, "vocab_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"torch_dtype": "int8"}, "dtype"),
+        ({"eos_token_id": -1}, "eos_token_id"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_key_in_one_line(keys, named):
+    with pytest.raises(ModelFolderError, match=named) as caught:
+        ModelConfig.from_hf({**LLAMA, **keys})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("page_size", 48),
+        ("dtype", "int8"),
+        ("max_num_seqs", 0),
+        ("max_num_batched_tokens", 64),
+        ("max_model_len", 1),
+        ("seed", -1),
+    ],
+)
+def test_engine_settings_out_of_range_name_their_flag(field, value):
+    with pytest.raises(ConfigError, match=f"--{field.replace('_', '-')}"):
+        EngineConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0),
+        ("n", True),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("seed", 2**63),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [True]),
+    ],
+)
+def test_sampling_parameters_out_of_range_name_themselves(field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.param == field
