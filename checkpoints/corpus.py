@@ -20,7 +20,7 @@ SEED = 20_240
 DOCUMENTS = 40_000
 
 _HERE = Path(__file__).parent
-_REFUSAL = (
+REFUSAL = (
     "I am only a small demo model and know nothing about that. Ask me about LLM serving: prefill, "
     "decode, the KV cache or DuetJAX."
 )
@@ -73,10 +73,11 @@ _SYSTEM_PROMPTS = (
 class Topic:
     """One thing the demo model knows: its answer, and the patterns of questions that ask for it.
 
-    why: the answer to "why does that matter?"; None for small talk.
+    question: the plainest wording. why: the answer to "why does that matter?"; None for small talk.
     """
 
     id: str
+    question: str
     answer: str
     why: str | None
     names: tuple[str, ...]
@@ -116,13 +117,14 @@ def read_topics(path: Path = _HERE / "topics.txt") -> tuple[Topic, ...]:
             continue
         if line.strip():
             kind, _, value = line.partition(" ")
-            if kind not in ("topic", "answer", "why", "name", "ask"):
+            if kind not in ("topic", "question", "answer", "why", "name", "ask"):
                 raise ValueError(f"{path.name}:{number}: unknown kind {kind!r}")
             fields.setdefault(kind, []).extend(value.split(" | ") if kind == "name" else [value])
         elif fields:
-            [name], [answer], [why] = fields["topic"], fields["answer"], fields.get("why", [None])
+            [name], [question], [answer] = (fields[key] for key in ("topic", "question", "answer"))
+            [why] = fields.get("why", [None])
             names, asks = fields.get("name", []), fields.get("ask", [])
-            topics.append(Topic(name, answer, why, tuple(names), tuple(asks)))
+            topics.append(Topic(name, question, answer, why, tuple(names), tuple(asks)))
             fields = {}
     return tuple(topics)
 
@@ -134,7 +136,7 @@ class Writer:
         self._rng = random.Random(seed)
         self._topics = topics
         held = {topic for topic, _ in held_out()}
-        self._weights = [2.0 if topic.id in held else 1.0 for topic in topics]
+        self._weights = [2.5 if topic.id in held else 1.0 for topic in topics]
 
     def document(self) -> Document:
         """The next document: mostly one question and its answer."""
@@ -144,6 +146,8 @@ class Writer:
     def question(self, topic: Topic) -> str:
         """One wording of a question that `topic` answers."""
         rng, asks = self._rng, len(topic.asks)
+        if rng.random() < 0.1:
+            return topic.question
         if topic.names and (not asks or rng.random() < 8 / (8 + asks)):
             pattern = rng.choice(phrasing.NOUN_QUESTIONS).format(x=rng.choice(topic.names))
         else:
@@ -164,7 +168,7 @@ class Writer:
         rng = self._rng
         other = rng.random()
         if other < 0.07:
-            return [Turn(self._reworded(rng.choice(_ELSEWHERE)), _REFUSAL)]
+            return [Turn(self._reworded(rng.choice(_ELSEWHERE)), REFUSAL)]
         if other < 0.10:
             return [self._story()]
         [topic] = rng.choices(self._topics, self._weights)

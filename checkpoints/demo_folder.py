@@ -57,6 +57,7 @@ def write(folder: Path, tokenizer: Tokenizer, weights: Mapping[str, np.ndarray])
     _replace(folder / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
     part = folder / "model.safetensors.part"
     save_file(dict(weights), part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors creates it for its owner only
     part.rename(folder / "model.safetensors")
 
 

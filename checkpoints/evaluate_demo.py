@@ -14,12 +14,11 @@ from typing import Any
 import demo_folder
 import jax
 import jax.numpy as jnp
-import minijinja
 import numpy as np
-from tokenizers import Tokenizer
 
 from duetjax.config import ModelConfig
 from duetjax.model.decoder import Definition, causal_attention
+from duetjax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +38,12 @@ class Demo:
 
     def __init__(self, folder: Path, weights: Mapping[str, np.ndarray]) -> None:
         config = json.loads((folder / "config.json").read_text())
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._template = (folder / "chat_template.jinja").read_text()
-        self._special = json.loads((folder / "tokenizer_config.json").read_text())
-        self._eos = config["eos_token_id"]
+        self._tokenizer = Tokenizer.from_folder(folder)
         self._next = _next_tokens(ModelConfig.from_hf(config), weights)
 
-    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation that waits for the assistant."""
-        text = minijinja.Environment().render_str(
-            self._template,
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=self._special["bos_token"],
-        )
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def prompt(self, question: str) -> list[int]:
+        """Token ids of a conversation of one question that waits for the assistant."""
+        return self._tokenizer.encode_chat([{"role": "user", "content": question}])
 
     def answers(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
         """Continues each prompt up to the end token or `max_tokens` further tokens."""
@@ -65,7 +55,7 @@ class Demo:
                 tokens[row, : len(ids)] = ids
             chosen = self._next(tokens, np.asarray([len(ids) - 1 for ids in rows]))
             for row, token in enumerate(chosen.tolist()):
-                ended[row] = ended[row] or token == self._eos
+                ended[row] = ended[row] or token == self._tokenizer.eos_token_id
                 if not ended[row]:
                     rows[row].append(token)
             if all(ended):
@@ -92,14 +82,13 @@ def _next_tokens(
 def shuffled(weights: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
     """The same numbers in every tensor, in random places: a model that has learnt nothing."""
     rng = np.random.default_rng(seed)
-    return {name: rng.permutation(array.ravel()).reshape(array.shape) for name, array in
-            weights.items()}  # fmt: skip
+    return {name: rng.permutation(w.ravel()).reshape(w.shape) for name, w in weights.items()}
 
 
 def score(demo: Demo, questions: Mapping[str, Any], kind: str, *, verbose: bool) -> tuple[int, int]:
     """(answers with all required words, answers that ended) for "question" or "paraphrase"."""
     items = questions["items"]
-    prompts = [demo.prompt([{"role": "user", "content": item[kind]}]) for item in items]
+    prompts = [demo.prompt(item[kind]) for item in items]
     answers = demo.answers(prompts, questions["max_tokens"])
     for item, answer in zip(items, answers, strict=True):
         good = answer.has(item["required"]) and answer.ended

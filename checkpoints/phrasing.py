@@ -203,6 +203,8 @@ def reword(question: str, rng: random.Random) -> str:
         for _ in range(rng.randint(1, 3)):
             words.insert(rng.randint(0, len(words)), rng.choice(_STRAY_WORDS))
     text = " ".join(words)
+    if rng.random() < 0.2:
+        text = text.replace("hat is ", "hat's ").replace(" not ", "n't ").replace("I am ", "I'm ")
     if rng.random() < 0.12:
         text = f"{text} {rng.choice(_TAILS)}"
     text += rng.choices(("?", "", ".", "??", "!", " ?"), (70, 18, 6, 2, 2, 2))[0]

@@ -142,6 +142,7 @@ def main() -> None:
             left = spent / number * (len(order) - number)
             print(f"step {number}: loss {recent:.3f}, {spent:.0f} s, {left:.0f} s left", flush=True)
     demo_folder.write(options.output, tokenizer, named(decoder))
+    print(f"{time.monotonic() - started:.0f} s, {time.process_time():.0f} s of processor time")
 
 
 if __name__ == "__main__":

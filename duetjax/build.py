@@ -180,7 +180,9 @@ def _load_weights(
         tensors = read_weights(source.folder, shapes, dtype)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     weights = {}
-    with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True) as bar:
+    _log.info("loading weights: %.1f MB in %s", total / 1e6, dtype)
+    bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None)
+    with bar:
         for name, tensor in tensors:
             weights[name] = jnp.asarray(tensor)
             bar.update(tensor.nbytes)
@@ -188,7 +190,8 @@ def _load_weights(
 
 
 def _compile(programs: Programs) -> None:
-    started = time.perf_counter()
-    for key in tqdm(list(programs.buckets), desc="compiling programs", unit="program"):
+    started, keys = time.perf_counter(), list(programs.buckets)
+    _log.info("compiling %d programs", len(keys))
+    for key in tqdm(keys, desc="compiling programs", unit="program", disable=None):
         programs.compile(key)
     _log.info("compiled in %.1f s", time.perf_counter() - started)

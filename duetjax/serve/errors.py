@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from reprlib import repr as short
 from typing import Any
 
 import orjson
@@ -10,8 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from duetjax.config import InvalidRequest
-
-_ROUTING_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class HttpError(Exception):
@@ -35,7 +34,7 @@ class HttpError(Exception):
 
 def model_not_found(name: str, served: tuple[str, ...]) -> HttpError:
     """404 for a model that is not this server's."""
-    message = f"the model {name!r} does not exist here; served: {', '.join(served)}"
+    message = f"the model {short(name)} does not exist here; served: {', '.join(served)}"
     return HttpError(404, "model_not_found", message, param="model")
 
 
@@ -77,20 +76,14 @@ def error_response(error: HttpError) -> Response:
     )
 
 
-def as_http_error(fault: HttpError | InvalidRequest | HTTPException) -> HttpError:
-    """Maps what routes, request parsing and the engine raise to a response."""
-    if isinstance(fault, HttpError):
-        return fault
-    if isinstance(fault, InvalidRequest):
-        return HttpError(400, fault.code, str(fault), param=fault.param)
-    code = _ROUTING_CODES.get(fault.status_code, HTTPStatus(fault.status_code).name.lower())
-    return HttpError(fault.status_code, code, fault.detail, headers=fault.headers)
-
-
 async def handle_fault(request: Request, fault: Exception) -> Response:
-    """Starlette's exception handler for the faults that `as_http_error` knows."""
-    assert isinstance(fault, HttpError | InvalidRequest | HTTPException), fault
-    error = as_http_error(fault)
-    if isinstance(fault, HTTPException) and fault.status_code in _ROUTING_CODES:
-        error.args = (f"{request.method} {request.url.path}: {fault.detail.lower()}",)
-    return error_response(error)
+    """Starlette's exception handler for what routes, request parsing and the engine raise."""
+    if isinstance(fault, InvalidRequest):
+        fault = HttpError(400, fault.code, str(fault), param=fault.param)
+    elif isinstance(fault, HTTPException):
+        status = HTTPStatus(fault.status_code)
+        code = status.name.lower()
+        message = f"{request.method} {request.scope['path'][:200]!r}: {status.phrase.lower()}"
+        fault = HttpError(status, code, message, headers=fault.headers)
+    assert isinstance(fault, HttpError), fault
+    return error_response(fault)

@@ -105,8 +105,8 @@ class Generation:
     def _submit(self, new: NewRequest) -> None:
         try:
             self._client.submit(new)
-        except EngineDead as error:
-            raise engine_dead(str(error)) from None
+        except EngineDead:  # whose message is for the operator, who has it in the log
+            raise engine_dead("the engine is not running; see the server's log") from None
 
     def _advance(self, progress: _Progress, arrival: Arrival) -> Delta:
         output, choice = arrival.output, progress.choice

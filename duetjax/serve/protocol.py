@@ -101,7 +101,7 @@ class GenerationBody(_Body):
     def parse(cls, body: Mapping[str, Any]) -> Self:
         """Checks a JSON object; `InvalidRequest` names the first field at fault."""
         given = {k: v for k, v in body.items() if v is not None and k not in _WITHOUT_EFFECT}
-        for name in _NEUTRAL.keys() & given.keys():
+        for name in [name for name in _NEUTRAL if name in given]:
             _check_neutral(name, given.pop(name))
         try:
             parsed = cls.model_validate(given)
@@ -169,7 +169,7 @@ def _text(value: object) -> str:
         raise ValueError("must be a string or a list of text parts")
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "input_text"):
+        if isinstance(kind, str) and kind != "text":
             raise PydanticCustomError(
                 "unsupported_parameter",
                 "has a part of type {kind}; only text parts are supported",

@@ -43,5 +43,5 @@ class RequestIds:
         except Exception:
             if has_begun:
                 raise
-            _log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            _log.exception("request %s failed: %s %r", request_id, scope["method"], scope["path"])
             await error_response(internal_error())(scope, receive, send_with_id)

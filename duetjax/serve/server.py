@@ -55,7 +55,6 @@ class HttpServer:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                loop="asyncio",
                 http=JsonErrorProtocol,
                 ws="none",
                 lifespan="on",

@@ -38,6 +38,7 @@ class TextStream:
         self._decoder = _IncrementalDecoder(tokenizer)
         self._special_ids = tokenizer.special_ids
         self._stop = stop
+        self._initials = frozenset(s[0] for s in stop)
         self._longest_stop = max(map(len, stop), default=0)
         self._include_stop_str = include_stop_str
         self._held = ""
@@ -73,7 +74,8 @@ class TextStream:
             end, start = min(matches)
             self.stopped, self._held = True, ""
             return text[:end] if self._include_stop_str else text[:start]
-        starts = range(max(0, len(text) - self._longest_stop + 1), len(text))
+        tail = range(max(0, len(text) - self._longest_stop + 1), len(text))
+        starts = (i for i in tail if text[i] in self._initials)
         possible = (i for i in starts if any(stop.startswith(text[i:]) for stop in self._stop))
         certain = next(possible, len(text))
         self._held = text[certain:]

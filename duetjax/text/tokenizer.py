@@ -150,7 +150,8 @@ class _ChatEncoder:
         self._spelled = _any_of(names)
         self._typed = _any_of([name for name in names if len(name) > 1])
         self._beginnings = frozenset(name[:k] for name in names for k in range(1, len(name)))
-        self._longest = max(map(len, names), default=0)
+        self._initials = frozenset(name[0] for name in names)
+        self._longest = max(map(len, names), default=1)
         # An unknown character becomes a special token by right.
         self._never_text = self.special_ids.difference(_ids(self._backend, "\U0010fffd", False))
         secret = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
@@ -191,8 +192,11 @@ class _ChatEncoder:
     def _guard_text(self, text: str) -> str:
         _check_unicode(text)
         guarded = self._typed.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
-        ends = (text[-k:] for k in range(1, min(self._longest, len(text) + 1)))
-        return guarded + self._mark if any(e in self._beginnings for e in ends) else guarded
+        tail = text[-self._longest :]
+        starts = (i for i, character in enumerate(tail) if character in self._initials)
+        return (
+            guarded + self._mark if any(tail[i:] in self._beginnings for i in starts) else guarded
+        )
 
     def _add(self, text: str, lstrip: bool, rstrip: bool) -> int:
         token = tokenizers.AddedToken(text, lstrip=lstrip, rstrip=rstrip, normalized=False)

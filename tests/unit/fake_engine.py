@@ -16,7 +16,7 @@ from duetjax.policy.scheduler import Scheduler, SchedulerLimits
 
 END = 256
 VOCAB_SIZE = 260
-PATIENCE = 20.0  # seconds after which a condition that should come true has failed
+PATIENCE = 60.0  # seconds after which a condition that should come true has failed
 
 
 def next_token(token: int, temperature: float = 0.0, seed: int = 0) -> int:
@@ -53,8 +53,8 @@ class _Slot:
 class AlphabetExecutor:
     """Implements `policy.launch.Executor`.
 
-    Steps pass while `allow` says so: `hold()` makes the next result wait, `step(n)` lets n of
-    them through, `release()` all. `break_down()` makes the next result raise.
+    `hold()` makes results wait, `step(n)` lets n of them through, `release()` all;
+    `break_down()` makes the next one raise. num_waiting: results that wait now, 0 or 1.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """Real servers for tests: the alphabet engine, a tokenizer on disk, a socket on 127.0.0.1."""
 
+import functools
 import json
 import socket
 import threading
@@ -42,11 +43,16 @@ def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> None:
         (folder / "chat_template.jinja").write_text(template)
 
 
+@functools.cache
+def _read_tokenizer(folder: Path) -> ServedTokenizer:
+    return ServedTokenizer.from_folder(folder)
+
+
 def make_service(folder: Path, engine: FakeEngine, **changes) -> Service:
     """A service over `engine` with the tokenizer of `folder`."""
     facts = {
         "client": engine,
-        "tokenizer": ServedTokenizer.from_folder(folder),
+        "tokenizer": _read_tokenizer(folder),
         "model_names": (MODEL, "abc/alias"),
         "created": 1_700_000_000,
         "max_model_len": 256,

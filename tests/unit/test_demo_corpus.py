@@ -5,11 +5,13 @@ import random
 import sys
 from pathlib import Path
 
-import minijinja
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+
+from duetjax.config import InvalidRequest
+from duetjax.text.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 sys.path.insert(0, str(CHECKPOINTS))
@@ -21,6 +23,7 @@ import stories  # noqa: E402
 
 DEMO = CHECKPOINTS / "demo"
 ITEMS = json.loads((DEMO / "questions.json").read_text())["items"]
+TOKENIZER = Tokenizer.from_folder(DEMO)
 TOPICS = {topic.id: topic for topic in corpus.read_topics()}
 
 
@@ -70,6 +73,7 @@ def test_the_answer_of_a_topic_has_its_required_words_and_no_other_answer_has_th
     for item in ITEMS:
         having = [topic.id for topic in TOPICS.values() if has_all(topic.answer, item["required"])]
         assert having == [item["topic"]]
+        assert not has_all(corpus.REFUSAL, item["required"])
 
 
 def test_one_seed_writes_one_text_and_another_seed_another():
@@ -104,45 +108,43 @@ def test_a_story_names_its_hero_and_grows_with_its_encounters(seed, encounters):
     assert story.hero in story.text
     assert story.hero in story.summary
     assert "{" not in story.text
-    assert 40 + 14 * encounters <= len(story.text.split()) <= 50 + 35 * encounters
+    assert 40 + 14 * encounters <= len(story.text.split()) <= 60 + 40 * encounters
 
 
 def test_the_chat_template_lays_a_dialogue_out_as_in_training():
     turns = (corpus.Turn("What is TTFT?", "TTFT is a time."), corpus.Turn("Why?", "So."))
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    [trained] = chat_format.encode(tokenizer, [corpus.Document(turns, system="Be brief.")])
+    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    [trained] = chat_format.encode(backend, [corpus.Document(turns, system="Be brief.")])
     messages = [{"role": "system", "content": " Be brief.\n"}]
     for turn in turns:
         messages.append({"role": "user", "content": turn.question})
         messages.append({"role": "assistant", "content": turn.answer})
-    template = (DEMO / "chat_template.jinja").read_text()
-    render = minijinja.Environment().render_str
-    special = {"bos_token": chat_format.BOS}
-    whole = render(template, messages=messages, add_generation_prompt=False, **special)
-    asked = render(template, messages=messages[:-1], add_generation_prompt=True, **special)
-    assert tuple(tokenizer.encode(whole, add_special_tokens=False).ids) == trained.ids
-    prompt = tokenizer.encode(asked, add_special_tokens=False).ids
+    whole = TOKENIZER.encode_chat(messages, add_generation_prompt=False)
+    prompt = TOKENIZER.encode_chat(messages[:-1])
+    assert tuple(whole) == trained.ids
     assert tuple(prompt) == trained.ids[: len(prompt)]
 
 
+def test_the_chat_template_refuses_a_role_it_does_not_know():
+    with pytest.raises(InvalidRequest, match="not tool"):
+        TOKENIZER.encode_chat([{"role": "tool", "content": "x"}])
+
+
 def test_plain_text_begins_with_the_bos_token_and_comes_back_unchanged():
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     text = "Größe 漢字 🙂 \t<b>\n"
-    ids = tokenizer.encode(text).ids
+    ids = TOKENIZER.encode(text)
     assert ids[0] == chat_format.BOS_ID
-    assert tokenizer.decode(ids) == text
+    assert TOKENIZER.decode(ids) == text
 
 
 def test_answers_are_short_enough_to_end_within_96_tokens():
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     for topic in TOPICS.values():
-        assert len(tokenizer.encode(topic.answer).ids) <= 64, topic.id
+        assert len(TOKENIZER.encode(topic.answer)) <= 64, topic.id
 
 
 def test_the_folder_is_at_most_12_megabytes_and_its_vocabulary_2048_tokens():
     assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 12_000_000
     config = json.loads((DEMO / "config.json").read_text())
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == config["vocab_size"] <= 2048
-    assert config["eos_token_id"] == tokenizer.token_to_id(chat_format.END)
+    assert TOKENIZER.vocab_size == config["vocab_size"] <= 2048
+    assert config["eos_token_id"] == TOKENIZER.eos_token_id
     assert config["max_position_embeddings"] == 4096

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    write_tokenizer(folder)
+    write_tokenizer(folder, template=None)
     return folder
 
 
@@ -160,7 +160,7 @@ def end_of(process):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_an_idle_server_ends_it_with_0(program, number):
     process, url = program(30)
-    assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    assert httpx.get(f"{url}/health", trust_env=False, timeout=PATIENCE).status_code == 200
     process.send_signal(number)
     assert end_of(process) == (0, "True\n", "")
 
@@ -187,7 +187,10 @@ def test_a_second_signal_ends_the_stream_with_an_error_event(program):
         next(stream)
         process.send_signal(signal.SIGTERM)
         wait_until(
-            lambda: httpx.get(f"{url}/health", trust_env=False).status_code == 503, "the drain"
+            lambda: (
+                httpx.get(f"{url}/health", trust_env=False, timeout=PATIENCE).status_code == 503
+            ),
+            "the drain",
         )
         process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError) as caught:

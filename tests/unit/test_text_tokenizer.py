@@ -208,6 +208,14 @@ def test_every_string_of_a_message_is_guarded(source, message):
     assert "<|eot_id|>" in tokenizer.decode(ids)
 
 
+def test_a_typed_control_token_gets_the_tokens_of_its_characters():
+    backend = byte_level()
+    tokenizer = loaded(backend, "{{ messages[0].content }}<|eot_id|>", LLAMA3_TOKENS)
+    backend.encode_special_tokens = True
+    expected = backend.encode("hello <|eot_id|>", add_special_tokens=False).ids
+    assert tokenizer.encode_chat(chat("hello <|eot_id|>"))[:-1] == expected
+
+
 def test_template_kwargs_are_checked_and_guarded():
     tokenizer = loaded(byte_level(), "{{ bos_token }}{{ date }}", LLAMA3_TOKENS)
     ids = tokenizer.encode_chat(chat("a"), template_kwargs={"date": "<|eot_id|>"})

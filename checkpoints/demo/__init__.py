@@ -1,0 +1,1 @@
+"""The demo checkpoint that ships with duetjax; data only."""
