@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .PHONY: help setup demo test lint types lock newest
 
-VENV := $(if $(LATEST),.venv-latest,.venv)
+VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
 LOCKED_JAX := 0.11.2
 
@@ -60,7 +60,7 @@ endif
 	$(install) --no-deps --require-hashes -r requirements-dev.lock
 	touch .venv/.installed $@
 
-.venv-latest/.installed .venv-latest/.installed-dev: newest ;
+build/latest/.installed build/latest/.installed-dev: newest ;
 newest:
-	python=$$(.ci/python) && rm -rf .venv-latest && $(new_venv) .venv-latest
+	python=$$(.ci/python) && rm -rf build/latest && $(new_venv) build/latest
 	$(install) -e '.[dev]'

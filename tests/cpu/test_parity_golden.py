@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from duetjax.model.decoder import Definition, causal_attention
 GOLDEN = Path(tiny.__file__).parent
 
 
-@pytest.fixture(params=sorted(tiny.CONFIGS))
+@pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
 def name(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def golden(name):
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         assert arrays["fingerprint"] == tiny.fingerprint(name), "made from other weights"
@@ -31,9 +32,12 @@ def dense_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     definition = Definition(resolve_model(str(folder)).config, dtype)
     weights = read_weights(folder, definition.shapes, np.dtype(jnp.dtype(dtype)))
     arrays = {name: jnp.asarray(value) for name, value in weights}
+    return np.asarray(jax.jit(_logits, static_argnums=0)(definition, arrays, tokens))
+
+
+def _logits(definition: Definition, arrays, tokens):
     decoder = definition.bind(definition.ordered(arrays))
-    hidden = decoder(jnp.asarray(tokens), jnp.arange(len(tokens)), causal_attention)
-    return np.asarray(decoder.logits(hidden))
+    return decoder.logits(decoder(tokens, jnp.arange(len(tokens)), causal_attention))
 
 
 def relative_l2(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -53,17 +57,21 @@ def test_float32_logits_equal_those_of_transformers(name, golden, tmp_path):
     assert np.array_equal(logits[steps].argmax(-1), golden["tokens"][steps.start + 1 :])
 
 
-def test_bfloat16_logits_follow_those_of_transformers(name, golden, tmp_path):
-    tiny.write_checkpoint(name, tmp_path, dtype="bfloat16", shards=3)
-    logits = dense_logits(tmp_path, golden["tokens"], "bfloat16")
-    assert logits.dtype == np.float32
-    assert relative_l2(logits, golden["logits_bf16"]).max() <= 2e-2
-    assert np.mean(logits.argmax(-1) == golden["logits_bf16"].argmax(-1)) >= 0.97
+@pytest.fixture(scope="module")
+def bfloat16_logits(name, golden, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(name)
+    tiny.write_checkpoint(name, folder, dtype="bfloat16", shards=3)
+    return dense_logits(folder, golden["tokens"], "bfloat16")
 
 
-def test_bfloat16_is_no_further_from_float32_than_in_transformers(name, golden, tmp_path):
-    tiny.write_checkpoint(name, tmp_path, dtype="bfloat16")
-    logits = dense_logits(tmp_path, golden["tokens"], "bfloat16")
-    ours = relative_l2(logits, golden["logits"]).mean()
+def test_bfloat16_logits_follow_those_of_transformers(golden, bfloat16_logits):
+    assert bfloat16_logits.dtype == np.float32
+    assert relative_l2(bfloat16_logits, golden["logits_bf16"]).max() <= 2e-2
+    same = bfloat16_logits.argmax(-1) == golden["logits_bf16"].argmax(-1)
+    assert same.mean() >= 0.97
+
+
+def test_bfloat16_is_no_further_from_float32_than_in_transformers(golden, bfloat16_logits):
+    ours = relative_l2(bfloat16_logits, golden["logits"]).mean()
     theirs = relative_l2(golden["logits_bf16"], golden["logits"]).mean()
     assert ours <= 1.1 * theirs

@@ -28,7 +28,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made from the sdist, which is made from a copy: files of earlier builds would get in here."""
     tree = tmp_path_factory.mktemp("source") / "tree"
-    ignored = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build")
+    ignored = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*ignored, "dist"))
     run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
     (built,) = tree.glob("dist/*.whl")

@@ -78,7 +78,7 @@ RULES = {
             "prometheus_client",
         ),
     ),
-    "duetjax.cli": Rule(ours=FIRST_PARTY, theirs=("jax", "uvicorn", "tqdm")),
+    "duetjax.cli": Rule(ours=FIRST_PARTY, theirs=("jax",)),
 }
 
 

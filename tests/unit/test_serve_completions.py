@@ -106,9 +106,11 @@ def test_n_choices_are_seeded_with_consecutive_seeds(client):
 
 
 def test_without_a_seed_each_request_draws_its_own(http):
-    texts = {complete(http, temperature=1, max_tokens=8).json()["choices"][0]["text"]
-             for _ in range(40)}  # fmt: skip
-    assert texts == {continuation("c", 8, 1.0, seed) for seed in range(5)}
+    texts = {
+        complete(http, temperature=1, max_tokens=8).json()["choices"][0]["text"] for _ in range(12)
+    }
+    assert 1 < len(texts) <= 5
+    assert texts <= {continuation("c", 8, 1.0, seed) for seed in range(5)}
 
 
 def test_the_largest_seed_wraps_instead_of_failing(http):

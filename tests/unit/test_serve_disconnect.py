@@ -100,28 +100,38 @@ def test_a_client_that_leaves_ends_all_its_choices_but_those_that_have_finished(
         engine.wait_idle()
 
 
+class Plan:
+    """One client of many: what it asks for, and whether it leaves before the end."""
+
+    def __init__(self, dice):
+        self.prompt = chr(dice.randrange(ord("a"), ord("z"))) * dice.randrange(1, 100)
+        self.num_tokens = dice.randrange(1, 90)
+        self.seed = dice.randrange(5)
+        self.leaves = dice.random() < 0.5
+        self.patience = dice.randrange(self.num_tokens)
+
+
 def test_of_64_streams_those_whose_clients_stay_get_their_text_and_all_pages_return(folder):
     dice = random.Random(7)
-    plans = [(dice.randrange(26), dice.randrange(1, 90), dice.random() < 0.5) for _ in range(64)]
+    plans = [Plan(dice) for _ in range(64)]
 
-    async def one(client, letter, num_tokens, leaves):
-        prompt = chr(ord("a") + letter) * dice.randrange(1, 100)
+    async def one(client, plan):
         stream = await client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=num_tokens, temperature=1, seed=letter,
-            stream=True,
+            model=MODEL, prompt=plan.prompt, max_tokens=plan.num_tokens, temperature=1,
+            seed=plan.seed, stream=True,
         )  # fmt: skip
-        text, patience = "", dice.randrange(num_tokens)
+        text = ""
         async for chunk in stream:
             text += chunk.choices[0].text
-            if leaves and len(text) > patience:
+            if plan.leaves and len(text) > plan.patience:
                 await stream.close()
                 break
-        whole = continuation(prompt, num_tokens, 1.0, letter)
-        assert text == (whole[: len(text)] if leaves else whole)
+        whole = continuation(plan.prompt, plan.num_tokens, 1.0, plan.seed)
+        assert text == (whole[: len(text)] if plan.leaves else whole)
 
     async def all_of_them(url):
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
-            await asyncio.gather(*(one(client, *plan) for plan in plans))
+            await asyncio.gather(*(one(client, plan) for plan in plans))
 
     engine = FakeEngine(num_slots=16, num_pages=80)  # too few for 16 long rows: some are preempted
     with serving(folder, engine) as served, served.http() as http:
