@@ -122,13 +122,14 @@ def _generate(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from duetjax.build import ModelRequest, load
     from duetjax.serve.context import Service
-    from duetjax.serve.server import HttpServer
+    from duetjax.serve.server import HttpServer, bind
 
     if args.model and args.model_flag:
         raise ConfigError("name the model once: as an argument or with --model")
     request = ModelRequest(
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
+    listener = bind(args.host, args.port)
     model = load(request, _engine_config(args))
     if model.tokenizer is None:
         raise ConfigError(f"model {model.name} has no tokenizer; name a folder with --tokenizer")
@@ -144,9 +145,7 @@ def _serve(args: argparse.Namespace) -> int:
         default_max_tokens=model.generation.max_tokens,
         api_key=args.api_key,
     )
-    server = HttpServer(
-        service, host=args.host, port=args.port, shutdown_timeout=args.shutdown_timeout
-    )
+    server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
     try:
         server.run(lambda line: print(line, flush=True))
     finally:

@@ -31,25 +31,19 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves one `Service` at a host and port until it is stopped.
+    """Serves one `Service` on a socket from `bind` until it is stopped, and closes the socket.
 
-    The socket is bound here: `url` is final even for port 0, and a port in use is a
-    `ConfigError`. shutdown_timeout: seconds that calls in flight have to finish once it drains.
+    shutdown_timeout: seconds that calls in flight have to finish once it drains.
     """
 
     def __init__(
-        self,
-        service: Service,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 8000,
-        shutdown_timeout: float = 30.0,
+        self, service: Service, listener: socket.socket, *, shutdown_timeout: float = 30.0
     ) -> None:
         self._service = service
         self._shutdown_timeout = shutdown_timeout
-        self._socket = _bind(host, port)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self._socket = listener
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = create_app(service)
         self._context: Context = app.state.context
         self._uvicorn = _Uvicorn(
@@ -124,11 +118,19 @@ class HttpServer:
             task.cancel()
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def bind(host: str, port: int) -> socket.socket:
+    """Reserves an address before the long work of loading a model; clients are refused until then.
+
+    Port 0 is any free one. Raises `ConfigError` for an address that cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--host {host} --port {port}: {error.strerror or error}; choose another address"
+            f"--host {host} --port {port}: {reason}; choose another address"
         ) from None
+    return listener

@@ -60,7 +60,7 @@ class TextStream:
             return ""
         text = self._release(self._decoder.finish())
         held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        return text + held
 
     def _release(self, new: str) -> str:
         """Adds decoded text and returns what is certain to stay."""

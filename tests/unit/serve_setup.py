@@ -14,7 +14,7 @@ from fake_engine import END, PATIENCE, FakeEngine
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from duetjax.serve.context import Service
-from duetjax.serve.server import HttpServer
+from duetjax.serve.server import HttpServer, bind
 from duetjax.text.tokenizer import Tokenizer as ServedTokenizer
 
 MODEL = "alphabet"
@@ -102,7 +102,9 @@ def serving(folder: Path, engine: FakeEngine | None = None, **changes) -> Iterat
     engine = engine or FakeEngine()
     shutdown_timeout = changes.pop("shutdown_timeout", 0.0)
     server = HttpServer(
-        make_service(folder, engine, **changes), port=0, shutdown_timeout=shutdown_timeout
+        make_service(folder, engine, **changes),
+        bind("127.0.0.1", 0),
+        shutdown_timeout=shutdown_timeout,
     )
     lines: list[str] = []
     is_up = threading.Event()

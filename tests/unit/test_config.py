@@ -49,7 +49,10 @@ def test_defaults_are_those_of_transformers():
     config = ModelConfig.from_hf(LLAMA)
     assert config.rope == RopeConfig(theta=10_000.0)
     assert (config.rms_norm_eps, config.head_dim, config.dtype) == (1e-6, 16, "float32")
-    assert not (config.tie_word_embeddings or config.qkv_bias or config.mlp_bias or config.qk_norm)
+    assert not (config.tie_word_embeddings)
+    assert not (config.qkv_bias)
+    assert not (config.mlp_bias)
+    assert not (config.qk_norm)
     assert ModelConfig.from_hf({**LLAMA, "num_key_value_heads": None}).num_kv_heads == 4
 
 

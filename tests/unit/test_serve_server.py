@@ -1,6 +1,7 @@
 """The life of a server: its address, its drain, its exit."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from fake_engine import PATIENCE, FakeEngine, wait_until
 from serve_setup import MODEL, events, make_service, post_bytes, read_all, serving, write_tokenizer
 
 from duetjax.config import ConfigError
-from duetjax.serve.server import HttpServer
+from duetjax.serve.server import HttpServer, bind
 
 HERE = Path(__file__).parent
 
@@ -49,19 +50,26 @@ def test_a_port_in_use_is_one_line_that_names_the_flags(folder):
     with serving(folder) as served:
         port = int(served.url.rpartition(":")[2])
         with pytest.raises(ConfigError, match=f"--port {port}") as caught:
-            HttpServer(make_service(folder, FakeEngine()), port=port)
+            bind("127.0.0.1", port)
         assert "\n" not in str(caught.value)
 
 
-def test_a_host_that_is_none_is_one_line(folder):
-    with pytest.raises(ConfigError, match="--host"):
-        HttpServer(make_service(folder, FakeEngine()), host="no.such.host.invalid", port=0)
+@pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("127.0.0.1", 70_000)])
+def test_an_address_that_is_none_is_one_line(host, port):
+    with pytest.raises(ConfigError, match="--host") as caught:
+        bind(host, port)
+    assert "\n" not in str(caught.value)
 
 
 def test_ipv6_loopback_is_served(folder):
-    server = HttpServer(make_service(folder, FakeEngine()), host="::1", port=0)
-    assert server.url.startswith("http://[::1]:")
-    server._socket.close()
+    with bind("::1", 0) as listener:
+        server = HttpServer(make_service(folder, FakeEngine()), listener)
+        assert server.url.startswith("http://[::1]:")
+
+
+def test_an_address_reserved_for_a_loading_model_refuses_clients():
+    with bind("127.0.0.1", 0) as listener, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(listener.getsockname(), timeout=PATIENCE)
 
 
 def test_a_draining_server_refuses_new_work_and_finishes_the_old(folder):
@@ -118,11 +126,11 @@ sys.path.insert(0, {str(HERE)!r})
 from pathlib import Path
 from fake_engine import FakeEngine
 from serve_setup import make_service
-from duetjax.serve.server import HttpServer
+from duetjax.serve.server import HttpServer, bind
 
 engine = FakeEngine(max_len=100_000, num_pages=10_000)
 service = make_service(Path(sys.argv[1]), engine, max_model_len=100_000)
-server = HttpServer(service, port=0, shutdown_timeout=float(sys.argv[2]))
+server = HttpServer(service, bind('127.0.0.1', 0), shutdown_timeout=float(sys.argv[2]))
 server.run(lambda line: print(line, flush=True))
 engine.shutdown(10)
 print(engine.stats().pages_free == engine.stats().pages_total)

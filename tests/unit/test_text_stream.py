@@ -21,6 +21,15 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 ORDER = [*PRINTABLE, *(b for b in range(256) if b not in PRINTABLE)]
 
 
+def with_token(text):
+    backend = byte_level()
+    backend.add_tokens([text])
+    return Tokenizer(backend.to_str().encode())
+
+
+LONG_TOKEN = with_token("xabcd")
+
+
 def byte_tokens(data):
     return [len(LLAMA3_SPECIALS) + ORDER.index(b) for b in data]
 
@@ -135,11 +144,8 @@ def test_a_character_is_given_with_its_last_byte():
 
 
 def test_text_before_an_unfinished_character_in_the_same_token_is_given_at_once():
-    backend = byte_level()
-    backend.add_tokens(["abc"])
-    tokenizer = Tokenizer(backend.to_str().encode())
-    stream = TextStream(tokenizer, ())
-    assert stream.push([tokenizer.vocab_size - 1, *byte_tokens(b"\xe4")]).text == "abc"
+    stream = TextStream(LONG_TOKEN, ())
+    assert stream.push([LONG_TOKEN.vocab_size - 1, *byte_tokens(b"\xe4")]).text == "xabcd"
 
 
 @EVERY_TOKENIZER
@@ -187,10 +193,10 @@ def test_a_long_run_of_invalid_bytes_is_given_on_the_way_and_decoded_in_small_pa
     assert max(decoded) < 20
 
 
-def test_characters_after_a_long_invalid_run_are_whole_again():
-    ids = byte_tokens(b"\xff" * 30 + "你好".encode())
-    assert text_of(BYTES, ids) == BYTES.decode(ids)
-    assert text_of(FALLBACK, [*fallback_tokens(b"\xff" * 30 + "你好".encode()), 261]).endswith(" ")
+@pytest.mark.parametrize("length", range(6, 30))
+def test_characters_after_a_run_of_invalid_bytes_are_whole_again(length):
+    ids = byte_tokens(b"\xff" * length + "😀你b".encode())
+    assert text_of(BYTES, ids) == "\ufffd" * length + "😀你b"
 
 
 # --- stop strings
@@ -216,6 +222,7 @@ def test_a_beginning_that_never_ends_is_given_at_the_finish():
 def test_the_string_complete_first_wins_whatever_the_pushes():
     assert "".join(pieces("xabcd", stop=["abcd", "bc"])) == "xa"
     assert "".join(pieces("xa", "b", "c", "d", stop=["abcd", "bc"])) == "xa"
+    assert text_of(LONG_TOKEN, [LONG_TOKEN.vocab_size - 1], ["abcd", "bc"]) == "xa"
 
 
 def test_of_strings_that_end_together_the_longest_wins():

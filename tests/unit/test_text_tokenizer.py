@@ -137,7 +137,8 @@ def test_a_lone_surrogate_is_refused():
 # --- conversations
 
 
-HARMLESS = st.text(alphabet="abcdehinorstu \n<>/|é你😀\ufffd", max_size=12)
+# Without "s" and "[", so that no control token comes about.
+HARMLESS = st.text(alphabet="abcdehinortu \n<>/|é你😀\ufffd", max_size=12)
 
 
 @EVERY_TOKENIZER
@@ -210,10 +211,18 @@ def test_every_string_of_a_message_is_guarded(source, message):
 
 def test_a_typed_control_token_gets_the_tokens_of_its_characters():
     backend = byte_level()
+    backend.add_special_tokens(["hello!"])
     tokenizer = loaded(backend, "{{ messages[0].content }}<|eot_id|>", LLAMA3_TOKENS)
     backend.encode_special_tokens = True
-    expected = backend.encode("hello <|eot_id|>", add_special_tokens=False).ids
-    assert tokenizer.encode_chat(chat("hello <|eot_id|>"))[:-1] == expected
+    expected = backend.encode("say hello!", add_special_tokens=False).ids
+    assert tokenizer.encode_chat(chat("say hello!"))[:-1] == expected
+
+
+def test_of_two_control_tokens_that_begin_alike_the_template_writes_the_longer():
+    backend = byte_level()
+    backend.add_special_tokens(["<|eot_id|>s"])
+    ids = loaded(backend, "<|eot_id|>s", {}).encode_chat(chat(""))
+    assert ids == [backend.token_to_id("<|eot_id|>s")]
 
 
 def test_template_kwargs_are_checked_and_guarded():
