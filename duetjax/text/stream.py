@@ -23,12 +23,12 @@ class TextDelta:
 class TextStream:
     """Turns the tokens of one completion into text deltas, one instance for each completion.
 
-    Special tokens are left out. A delta never ends inside a character, and text that may be the
-    beginning of a stop string is held back until it is decided. The deltas and `finish()` together
-    are the decoded text cut at the first stop string, wherever the pushes were cut: the string
-    that is complete first wins, the longest of those that end together. With
-    `include_stop_str` the text ends after the stop string, otherwise before it. stopped: whether
-    a stop string has ended the text.
+    Special tokens and ids beyond the vocabulary are left out. A delta never ends inside a
+    character, and text that may begin a stop string is held back until that is decided. The deltas
+    and `finish()` together are the decoded text cut at the first stop string, however the tokens
+    are divided into pushes: the string that is complete first wins, the longest of those that end
+    together. With `include_stop_str` the text ends after the stop string, otherwise before it.
+    stopped: whether a stop string has ended the text.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TextStream:
     ) -> None:
         assert all(stop), f"empty stop string in {stop!r}"
         self._decoder = _IncrementalDecoder(tokenizer)
-        self._special_ids = tokenizer.special_ids
+        self._special_ids, self._vocab_size = tokenizer.special_ids, tokenizer.vocab_size
         self._stop = stop
         self._initials = frozenset(s[0] for s in stop)
         self._longest_stop = max(map(len, stop), default=0)
@@ -50,7 +50,7 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped:
                 break
-            if token_id not in self._special_ids:
+            if token_id < self._vocab_size and token_id not in self._special_ids:
                 texts.append(self._release(self._decoder.push(token_id)))
         return TextDelta("".join(texts), self.stopped)
 
@@ -105,6 +105,8 @@ class _IncrementalDecoder:
         text = self._decode(self._window)
         if not text.endswith(_REPLACEMENT):
             new = self._unshown(text)
+            if not new:  # a leading "▁" says nothing by itself, but keeps the next one's space
+                return ""
             self._window = self._window[self._context :]
             self._context = len(self._window)
             self._shown = self._decode(self._window)

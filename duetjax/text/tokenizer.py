@@ -2,15 +2,19 @@
 
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import tokenizers
 
 from duetjax.config import InvalidRequest, ModelFolderError
 from duetjax.text.chat_template import ChatTemplate, probe
+
+# Private-use characters that no message may hold: _MARK breaks a control token that a user typed,
+# _EDGE encloses what stands in for one that the template wrote.
+_MARK: Final = "\U000ffffc"
+_EDGE: Final = "\U000ffffd"
 
 
 class Tokenizer:
@@ -135,8 +139,8 @@ class _ChatEncoder:
     """Encodes rendered conversations; control tokens are those the template wrote, no others.
 
     Works on a second copy of the tokenizer that takes special tokens for text. Each special
-    token has a stand-in there: an added token with a text nobody can guess and the same whitespace
-    rules. `guard` breaks special tokens inside messages with a mark; `encode` puts the stand-ins
+    token has a stand-in there: an added token of another spelling with the same whitespace rules.
+    `guard` breaks special tokens inside messages with a mark; `encode` puts the stand-ins
     where unbroken special tokens are, removes the marks, and renames the ids back.
     """
 
@@ -154,10 +158,9 @@ class _ChatEncoder:
         self._longest = max(map(len, names), default=1)
         # An unknown character becomes a special token by right.
         self._never_text = self.special_ids.difference(_ids(self._backend, "\U0010fffd", False))
-        secret = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
-        self._mark, self._cut = secret + "\uf8fe", secret + "\uf8ff"
+        self._cut = _EDGE + _EDGE
         self._cut_id = self._add(self._cut, False, False)
-        self._stand_in = {t.content: f"{secret}{i}\uf8ff" for i, t in special.items()}
+        self._stand_in = {t.content: f"{_EDGE}{i}{_EDGE}" for i, t in special.items()}
         self._special_of = {
             self._add(self._stand_in[t.content], t.lstrip, t.rstrip): i for i, t in special.items()
         }
@@ -177,10 +180,10 @@ class _ChatEncoder:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text rendered from guarded messages."""
         text = self._spelled.sub(lambda m: self._stand_in[m[0]], text)
-        ids = _ids(self._backend, text.replace(self._mark, ""), False)
+        ids = _ids(self._backend, text.replace(_MARK, ""), False)
         if not self._never_text.isdisjoint(ids):
             # A model such as Unigram holds "</s>" as an ordinary piece: encode around the marks.
-            ids = _ids(self._backend, text.replace(self._mark, self._cut), False)
+            ids = _ids(self._backend, text.replace(_MARK, self._cut), False)
             ids = [i for i in ids if i != self._cut_id]
         if not self._never_text.isdisjoint(ids):
             raise InvalidRequest(
@@ -191,12 +194,17 @@ class _ChatEncoder:
 
     def _guard_text(self, text: str) -> str:
         _check_unicode(text)
-        guarded = self._typed.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
+        if _MARK in text or _EDGE in text:
+            raise InvalidRequest(
+                f"messages may not hold the private-use characters U+{ord(_MARK):X} and"
+                f" U+{ord(_EDGE):X}",
+                param="messages",
+            )
+        guarded = self._typed.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)
         tail = text[-self._longest :]
         starts = (i for i, character in enumerate(tail) if character in self._initials)
-        return (
-            guarded + self._mark if any(tail[i:] in self._beginnings for i in starts) else guarded
-        )
+        open_ended = any(tail[i:] in self._beginnings for i in starts)
+        return guarded + _MARK if open_ended else guarded
 
     def _add(self, text: str, lstrip: bool, rstrip: bool) -> int:
         token = tokenizers.AddedToken(text, lstrip=lstrip, rstrip=rstrip, normalized=False)

@@ -137,6 +137,12 @@ def test_a_lone_surrogate_is_refused():
 # --- conversations
 
 
+@pytest.mark.parametrize("typed", ["<\U000ffffc|eot_id|>", "\U000ffffd1\U000ffffd"])
+def test_the_private_characters_of_the_guard_cannot_be_typed(typed):
+    with pytest.raises(InvalidRequest, match=r"private-use characters U\+FFFFC and U\+FFFFD"):
+        TOKENIZERS["byte-level"].encode_chat(chat(typed))
+
+
 # Without "s" and "[", so that no control token comes about.
 HARMLESS = st.text(alphabet="abcdehinortu \n<>/|é你😀\ufffd", max_size=12)
 
