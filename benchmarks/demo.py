@@ -44,12 +44,13 @@ class Seen:
 def main() -> int:
     """Runs the demo; returns the exit code."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "duetjax.cli", "serve", "--port", "0"], stdout=subprocess.PIPE
+        [sys.executable, "-m", "duetjax.cli", "serve", "--port", "0", "--max-num-seqs", "16"],
+        stdout=subprocess.PIPE,
     )
     try:
         port = wait_for_port(server)
         model = get_json(port, "/v1/models")["data"][0]["id"]
-        print(f"\nModel {model}, 2.7 million weights, answering over HTTP on this machine:\n")
+        print(f"\nModel {model}, 2.4 million weights, answering over HTTP on this machine:\n")
         answers = [ask(port, model, question, show=True) for question in QUESTIONS]
         print(f"Now {BATCH} streams at once, one of them shown:\n")
         together = ask_together(port, model)

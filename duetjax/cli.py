@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,9 +18,9 @@ _EPILOG = "With no --model, duetjax uses the small demo checkpoint that ships wi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a fault the user can mend, 130."""
     args = _parser().parse_args(argv)
-    _log_to_stderr()
     try:
-        return int(args.run(args))
+        with _log_to_stderr():
+            return int(args.run(args))
     except DuetJAXError as error:
         print(f"duetjax: error: {error}", file=sys.stderr)
         return 1
@@ -129,27 +130,29 @@ def _serve(args: argparse.Namespace) -> int:
     request = ModelRequest(
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
-    listener = bind(args.host, args.port)
-    model = load(request, _engine_config(args))
-    if model.tokenizer is None:
-        raise ConfigError(f"model {model.name} has no tokenizer; name a folder with --tokenizer")
-    service = Service(
-        client=model.engine,
-        tokenizer=model.tokenizer,
-        model_names=tuple(args.served_model_name or [model.name]),
-        created=int(time.time()),
-        max_model_len=model.max_model_len,
-        vocab_size=model.config.vocab_size,
-        eos_token_ids=model.generation.eos_token_ids,
-        default_temperature=model.defaults.temperature,
-        default_max_tokens=model.generation.max_tokens,
-        api_key=args.api_key,
-    )
-    server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
-    try:
-        server.run(lambda line: print(line, flush=True))
-    finally:
-        model.engine.shutdown(timeout=30)
+    with bind(args.host, args.port) as listener:
+        model = load(request, _engine_config(args))
+        if model.tokenizer is None:
+            raise ConfigError(
+                f"model {model.name} has no tokenizer; name a folder with --tokenizer"
+            )
+        service = Service(
+            client=model.engine,
+            tokenizer=model.tokenizer,
+            model_names=tuple(args.served_model_name or [model.name]),
+            created=int(time.time()),
+            max_model_len=model.max_model_len,
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=model.generation.eos_token_ids,
+            default_temperature=model.defaults.temperature,
+            default_max_tokens=model.generation.max_tokens,
+            api_key=args.api_key,
+        )
+        server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
+        try:
+            server.run(lambda line: print(line, flush=True))
+        finally:
+            model.engine.shutdown(timeout=30)
     return 0
 
 
@@ -174,12 +177,18 @@ def _doctor(_args: argparse.Namespace) -> int:
     return 0
 
 
-def _log_to_stderr() -> None:
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """While it lasts, what the package logs goes to standard error, one line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("duetjax: %(message)s"))
     logger = logging.getLogger("duetjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 if __name__ == "__main__":

@@ -92,16 +92,16 @@ class _Completion:
 
     def take(self, output: EngineOutput, now: float) -> Delta:
         """Adds one step's tokens; `finish` is set when a stop string or the engine ended it."""
-        text = ""
+        finish, text = output.finish, ""
         if self.stream is not None:
-            delta = self.stream.push(output.token_ids)
+            if finish is None:
+                delta = self.stream.push(output.token_ids)
+            else:
+                at_stop_id = finish is FinishReason.STOP
+                delta = self.stream.end(output.token_ids, at_stop_id=at_stop_id)
             text = delta.text
-            if delta.stopped:
-                self.finish = FinishReason.STOP.value
-            elif output.finish is not None:
-                text += self.stream.finish()
-        if self.finish is None and output.finish is not None:
-            self.finish = output.finish.value
+            finish = FinishReason.STOP if delta.stopped else finish
+        self.finish = None if finish is None else finish.value
         self.text.append(text)
         self.token_ids += output.token_ids
         self.token_times += [now - self.submitted] * len(output.token_ids)

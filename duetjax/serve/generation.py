@@ -115,19 +115,19 @@ class Generation:
         if output.token_ids:
             self._observe_tokens(progress, arrival.at, len(output.token_ids))
         finish = output.finish
-        hides_last = finish is FinishReason.STOP and not choice.include_stop_str
-        delta = progress.text.push(output.token_ids[:-1] if hides_last else output.token_ids)
-        text = delta.text
+        if finish is None:
+            delta = progress.text.push(output.token_ids)
+        else:
+            at_stop_id = finish is FinishReason.STOP
+            delta = progress.text.end(output.token_ids, at_stop_id=at_stop_id)
         if delta.stopped:
             finish = FinishReason.STOP
             if output.finish is None:
                 self._client.abort(output.id)
-        elif finish is not None:
-            text += progress.text.finish()
         if finish is not None:
             self._end(progress, finish)
         reason = None if finish is None else finish.value
-        return Delta(choice.index, text, output.token_ids, reason)
+        return Delta(choice.index, delta.text, output.token_ids, reason)
 
     def _failure(self, finish: FinishReason) -> HttpError:
         """Why the engine ended a request unasked: it shuts down, has died, or lost this one."""

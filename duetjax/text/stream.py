@@ -54,6 +54,16 @@ class TextStream:
                 texts.append(self._release(self._decoder.push(token_id)))
         return TextDelta("".join(texts), self.stopped)
 
+    def end(self, token_ids: Sequence[int], *, at_stop_id: bool = False) -> TextDelta:
+        """Takes the last tokens and gives all that is left of the text.
+
+        at_stop_id: the last of them is the id that ended the completion; like a stop string, its
+        own text is left out unless `include_stop_str`.
+        """
+        hidden = at_stop_id and not self._include_stop_str
+        delta = self.push(token_ids[:-1] if hidden else token_ids)
+        return TextDelta(delta.text + self.finish(), self.stopped)
+
     def finish(self) -> str:
         """The rest of the text, held-back parts and an unfinished character included."""
         if self.stopped:

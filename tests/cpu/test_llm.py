@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 from compare import first_differences
@@ -52,27 +53,25 @@ def test_results_come_in_the_order_of_the_prompts(llm):
 
 
 def test_a_seed_draws_the_same_tokens_alone_and_in_a_batch_of_sixteen(llm):
-    params = SamplingParams(temperature=1.2, max_tokens=20, seed=5)
-    [alone] = llm.generate("The cache", params, use_tqdm=False)
-    others = [SamplingParams(temperature=0.9, max_tokens=20, seed=s) for s in range(100, 115)]
-    batch = llm.generate(["The cache"] * 16, [*others, params], use_tqdm=False)
+    params = SamplingParams(temperature=2.0, max_tokens=20, seed=5, ignore_eos=True)
+    [alone] = llm.generate("A", params, use_tqdm=False)
+    others = [replace(params, temperature=1.8, seed=seed) for seed in range(100, 115)]
+    batch = llm.generate(["A"] * 16, [*others, params], use_tqdm=False)
     assert batch[-1].outputs[0].token_ids == alone.outputs[0].token_ids
     assert len({o.outputs[0].token_ids for o in batch}) > 8
 
 
 def test_n_completions_differ_and_the_first_is_the_seed_alone(llm):
-    params = SamplingParams(temperature=1.0, max_tokens=16, seed=3)
+    params = SamplingParams(temperature=2.0, max_tokens=16, seed=3, ignore_eos=True)
     [one] = llm.generate("A request", params, use_tqdm=False)
-    [three] = llm.generate(
-        "A request", SamplingParams(n=3, temperature=1.0, max_tokens=16, seed=3), use_tqdm=False
-    )
+    [three] = llm.generate("A request", replace(params, n=3), use_tqdm=False)
     assert [o.index for o in three.outputs] == [0, 1, 2]
     assert three.outputs[0].token_ids == one.outputs[0].token_ids
     assert len({o.token_ids for o in three.outputs}) == 3
 
 
 def test_unseeded_requests_are_drawn_afresh(llm):
-    params = SamplingParams(temperature=1.5, max_tokens=16)
+    params = SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True)
     drawn = {llm.generate("A", params, use_tqdm=False)[0].outputs[0].token_ids for _ in range(4)}
     assert len(drawn) > 1
 

@@ -18,7 +18,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     """The standard output of a command that knows nothing of this session's environment."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)}
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

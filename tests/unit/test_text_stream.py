@@ -254,3 +254,26 @@ def test_a_stop_string_completed_by_the_finish_stops_too():
     stream = TextStream(BYTES, ("a\ufffd",))
     assert stream.push([*words(BYTES, "xa"), *byte_tokens(b"\xe4")]) == TextDelta("x", False)
     assert (stream.finish(), stream.stopped) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("at_stop_id", "include", "text"),
+    [(False, False, "ab!"), (True, False, "ab"), (True, True, "ab!")],
+)
+def test_the_text_of_a_stop_id_is_hidden_like_a_stop_string(at_stop_id, include, text):
+    stream = TextStream(BYTES, (), include)
+    assert stream.push(byte_tokens(b"a")) == TextDelta("a", False)
+    ended = stream.end(byte_tokens(b"b!"), at_stop_id=at_stop_id)
+    assert "a" + ended.text == text
+
+
+def test_the_end_gives_held_back_text_and_unfinished_characters():
+    stream = TextStream(BYTES, ("abc",))
+    assert stream.push(byte_tokens(b"xab")).text == "x"
+    assert stream.end(byte_tokens("é".encode()[:1])) == TextDelta("ab\ufffd", False)
+
+
+def test_a_stop_string_may_be_completed_by_the_last_tokens():
+    stream = TextStream(BYTES, ("abc",))
+    stream.push(byte_tokens(b"xab"))
+    assert stream.end(byte_tokens(b"cd")) == TextDelta("", True)
