@@ -31,10 +31,10 @@ class DecodeStep:
     def __init__(self, config: ModelConfig, max_model_len: int, rows: int, context: int) -> None:
         engine = EngineConfig(max_model_len=max_model_len, max_num_seqs=rows)
         plan = plan_memory(config, engine, "float32")
-        shapes = Buckets((rows,), (64,), 1, plan.table_width)
+        shapes = Buckets((rows,), (), 1, plan.table_width)
         self._programs = Programs(config, "float32", plan.layout, shapes)
         self._key = (Program.DECODE, rows)
-        self._programs.compile(self._key)
+        list(self._programs.compile())
         rng = np.random.default_rng(0)
         self._weights = [
             jax.numpy.asarray(rng.normal(scale=0.02, size=shape).astype(np.float32))

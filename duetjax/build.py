@@ -190,8 +190,10 @@ def _load_weights(
 
 
 def _compile(programs: Programs) -> None:
-    started, keys = time.perf_counter(), list(programs.buckets)
-    _log.info("compiling %d programs", len(keys))
-    for key in tqdm(keys, desc="compiling programs", unit="program", disable=None):
-        programs.compile(key)
+    started, count = time.perf_counter(), len(programs.buckets)
+    _log.info("compiling %d programs", count)
+    with tqdm(total=count, desc="compiling", unit="program", disable=None) as bar:
+        for program, size in programs.compile():
+            bar.set_postfix_str(f"{program} {size}", refresh=False)
+            bar.update()
     _log.info("compiled in %.1f s", time.perf_counter() - started)

@@ -8,7 +8,9 @@ write to the dummy page.
     prefill  T packed tokens of at most R rows  -> the token after each row's last one
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -40,6 +42,9 @@ class Buckets:
     prefill_rows: int
     table_width: int
 
+    def __len__(self) -> int:
+        return len(self.decode) + len(self.prefill)
+
     def __iter__(self) -> Iterator[Key]:
         yield from ((Program.DECODE, size) for size in self.decode)
         yield from ((Program.PREFILL, size) for size in self.prefill)
@@ -58,9 +63,16 @@ class Programs:
         self._config = config
         self._compiled: dict[Key, Callable[..., tuple[list[jax.Array], jax.Array]]] = {}
 
-    def compile(self, key: Key) -> None:
-        """Compiles one program ahead of its first use; takes seconds."""
-        self._compiled[key] = self.lower(key).compile()
+    def compile(self) -> Iterator[Key]:
+        """Compiles every bucket ahead of its first use, yielding each as it is ready.
+
+        Takes seconds each. XLA compiles without the GIL, so several are compiled at once.
+        """
+        lowered = [(key, self.lower(key)) for key in self.buckets]
+        with ThreadPoolExecutor(min(len(lowered), os.cpu_count() or 1)) as pool:
+            for key, executable in pool.map(lambda item: (item[0], item[1].compile()), lowered):
+                self._compiled[key] = executable
+                yield key
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program's traced form for abstract arguments; KV arrays are donated."""
