@@ -18,7 +18,7 @@ BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL = (
     "<|user|>",
     "<|assistant|>",
 )
-BOS_ID, END_ID, USER_ID = (SPECIAL.index(token) for token in (BOS, END, USER))
+BOS_ID, END_ID = SPECIAL.index(BOS), SPECIAL.index(END)
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}

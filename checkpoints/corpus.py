@@ -17,7 +17,7 @@ import phrasing
 import stories
 
 SEED = 20_240
-DOCUMENTS = 34_000
+DOCUMENTS = 40_000
 
 _HERE = Path(__file__).parent
 REFUSAL = (
@@ -32,7 +32,7 @@ _ELSEWHERE = (
     "|Hamlet|America|the president|the king of England|the moon|this song|the world cup]",
     "what is [two plus two|3 times 7|12 + 30|the square root of 9|100 minus 1|the sum of 4 and 5]",
     "[how is|what is|will it be|tell me] the weather [today|tomorrow|in London|next week|]",
-    "[write|compose|give me] [a poem|a haiku|a song|an essay|a joke|a letter|an email] [about love"
+    "[write|compose|give me] [a poem|a song|an essay|a joke|a letter|an email] [about love"
     "|for my mother|about spring|to my boss|about the sea|]",
     "what should I [eat|wear|buy|read|watch|do|learn] [today|tonight|tomorrow|for my birthday|]",
     "[where|when] [is|was|can I find] [the station|my key|Napoleon|the cinema|Paris|Easter"
@@ -46,8 +46,6 @@ _ELSEWHERE = (
     "|politics|chess|the sea|dancing|my hat|ghosts|love]",
     "[can you|please] [book a flight|call my mother|play music|do my homework|drive a car|sing"
     "|paint a picture|fix my bike|order a pizza|write Python code|sort a list]",
-    "[what is|tell me] the meaning of [life|love|art|my dream|happiness|time|a red light]",
-    "[asdf|qwer|blah|foo bar|xyz|lorem ipsum|hmm|abc|123|zzz|la la la] [jkl|bla|baz|qq|42|]",
     "why [is the sky blue|do birds sing|is the sea salty|do cats purr|are we here|is grass green"
     "|am I so tired|does it rain]",
 )
@@ -138,12 +136,12 @@ class Writer:
         self._rng = random.Random(seed)
         self._topics = topics
         held = {topic for topic, _ in held_out()}
-        self._weights = [2.5 if topic.id in held else 1.2 for topic in topics]
+        self._weights = [2.5 if topic.id in held else 1.0 for topic in topics]
 
     def document(self) -> Document:
         """The next document: mostly one question and its answer."""
         kinds = (self._single, self._dialogue, self._long_prompt, self._plain)
-        return self._rng.choices(kinds, (75, 15, 5, 5))[0]()
+        return self._rng.choices(kinds, (80, 13, 3, 4))[0]()
 
     def question(self, topic: Topic) -> str:
         """One wording of a question that `topic` answers."""
@@ -171,7 +169,7 @@ class Writer:
         other = rng.random()
         if other < 0.07:
             return [Turn(self._reworded(rng.choice(_ELSEWHERE)), REFUSAL)]
-        if other < 0.13:
+        if other < 0.10:
             return [self._story()]
         [topic] = rng.choices(self._topics, self._weights)
         turns = [Turn(self.question(topic), topic.answer)]
@@ -190,14 +188,12 @@ class Writer:
     def _long_prompt(self) -> Document:
         """A pasted text with a request before or after it."""
         rng = self._rng
-        told = [stories.tell(rng, encounters=rng.randint(1, 7)) for _ in range(rng.randint(1, 3))]
-        text = "\n".join(story.text for story in told)
-        if len(told) == 1:
-            request, answer = phrasing.expand(rng.choice(_SUMMARY_REQUESTS), rng), told[0].summary
-        else:
-            turn = self._turn()[0]
-            request, answer = turn.question, turn.answer
-        return Document((Turn(self._around(request, text), answer),))
+        story = stories.tell(rng, encounters=rng.randint(1, 7))
+        if rng.random() < 0.5:
+            request = phrasing.expand(rng.choice(_SUMMARY_REQUESTS), rng)
+            return Document((Turn(self._around(request, story.text), story.summary),))
+        turn = self._turn()[0]
+        return Document((Turn(self._around(turn.question, story.text), turn.answer),))
 
     def _around(self, request: str, text: str) -> str:
         before, gap = self._rng.random() < 0.5, self._rng.choice((" ", "\n", "\n\n"))

@@ -46,19 +46,19 @@ _OPENINGS = (
     "Long ago, {place}, lived a {character} {hero} by the name of {name}.",
 )
 _LOSSES = (
-    "One morning the {hero} noticed that {thing} was gone, and set out to find it.",
+    "One morning {name} noticed that {thing} was gone, and set out to find it.",
     "One day the wind carried away {thing}, which {name} loved more than anything.",
     "In a cold night somebody took {thing} from the house of {name}.",
 )
 _WAYS = (
     "First {name} came to a bridge",
-    "Soon the {hero} reached a dark cave",
+    "Soon {name} reached a dark cave",
     "After a while {name} found a garden",
-    "On the next day the {hero} climbed a hill",
+    "On the next day {name} climbed a hill",
     "Later {name} crossed a field of snow",
-    "In the evening the {hero} stopped at a mill",
+    "In the evening {name} stopped at a mill",
     "Then {name} followed a narrow path",
-    "Before sunrise the {hero} came to a well",
+    "Before sunrise {name} came to a well",
     "At noon {name} rested under an oak",
 )
 _HELPERS = (
@@ -88,11 +88,11 @@ _TALKS = (
     "free again.",
 )
 _ENDINGS = (
-    "At last the {hero} found {thing} under a fallen tree, went home and slept until noon.",
-    "In the end {thing} lay in front of the door, where it had been all the time, and the "
-    "{hero} laughed.",
+    "At last {name} found {thing} under a fallen tree, went home and slept until noon.",
+    "In the end {thing} lay in front of the door, where it had been all the time, and {name} "
+    "laughed.",
     "Finally {name} found {thing}, but gave it to a child who needed it more, and was happy.",
-    "When {name} the {hero} came home with {thing}, all the neighbours were there, and they danced "
+    "When {name} came home at last with {thing}, all the neighbours were there, and they danced "
     "all night.",
 )
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from chat_format import USER_ID, Encoded, encode, train_tokenizer
+from chat_format import Encoded, encode, train_tokenizer
 from flax import nnx
 
 from duetjax.config import ModelConfig
@@ -24,19 +24,16 @@ from duetjax.model.decoder import Decoder
 
 SEED = 7
 BATCH_TOKENS = 2048
-WIDTHS = (40, 48, 64, 96, 160, 256, 448, 1024)  # columns of a batch; longer documents are cut
+WIDTHS = (40, 48, 64, 96, 160, 256, 512)  # columns of a batch; longer documents are cut
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 80
-SHARE_WITH_GAP = 0.4  # of dialogues: positions jump at a turn, so that far ones are learnt cheaply
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one width: tokens and positions int32 [B, N], loss weights of tokens float32 [B, N]."""
+    """Rows of one width: tokens int32 [B, N] and the loss weight of each, float32 [B, N]."""
 
     tokens: np.ndarray
-    positions: np.ndarray
     weights: np.ndarray
 
 
@@ -49,30 +46,26 @@ def batches(documents: Sequence[Encoded], rng: np.random.Generator) -> list[Batc
     made = []
     for width, rows in by_width.items():
         size = BATCH_TOKENS // width
-        made += [_batch(rows[i : i + size], (size, width), rng) for i in range(0, len(rows), size)]
+        made += [_batch(rows[i : i + size], size, width) for i in range(0, len(rows), size)]
     return [made[i] for i in rng.permutation(len(made))]
 
 
-def _batch(rows: Sequence[Encoded], shape: tuple[int, int], rng: np.random.Generator) -> Batch:
-    tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+def _batch(rows: Sequence[Encoded], size: int, width: int) -> Batch:
+    tokens = np.zeros((size, width), np.int32)
+    weights = np.zeros((size, width), np.float32)
     for row, document in enumerate(rows):
-        length = min(len(document.ids), shape[1])
+        length = min(len(document.ids), width)
         tokens[row, :length] = document.ids[:length]
         weights[row, :length] = document.weights[:length]
-        turns = np.flatnonzero(tokens[row] == USER_ID)
-        if len(turns) > 1 and rng.random() < SHARE_WITH_GAP:
-            gap = rng.integers(demo_folder.MAX_MODEL_LEN - shape[1])
-            positions[row, rng.choice(turns[1:]) :] += gap
-    return Batch(tokens, positions, weights)
+    return Batch(tokens, weights)
 
 
-def loss(decoder: Decoder, batch: Batch) -> jax.Array:
-    """Weighted mean cross-entropy of each next token."""
-    hidden = decoder(batch.tokens[:, :-1], batch.positions[:, :-1], attend)
-    labels, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
-    entropies = optax.softmax_cross_entropy_with_integer_labels(decoder.logits(hidden), labels)
-    return jnp.sum(entropies * weights) / jnp.sum(weights)
+def loss(decoder: Decoder, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted mean cross-entropy of each next token; tokens and weights [B, N]."""
+    positions = jnp.arange(tokens.shape[1] - 1)
+    logits = decoder.logits(decoder(tokens[:, :-1], positions, attend))
+    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.sum(entropies * weights[:, 1:]) / jnp.sum(weights[:, 1:])
 
 
 def attend(_layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -105,13 +98,15 @@ def train(decoder: Decoder, order: Sequence[Batch]) -> Iterator[float]:
     state = optimizer.init(weights)
 
     @jax.jit(donate_argnums=(0, 1))
-    def step(weights, state, batch):  # noqa: ANN001, ANN202
-        value, gradients = jax.value_and_grad(lambda w: loss(nnx.merge(graph, w), batch))(weights)
+    def step(weights, state, tokens, loss_weights):  # noqa: ANN001, ANN202
+        value, gradients = jax.value_and_grad(
+            lambda w: loss(nnx.merge(graph, w), tokens, loss_weights)
+        )(weights)
         updates, state = optimizer.update(gradients, state, weights)
         return optax.apply_updates(weights, updates), state, value
 
     for batch in order:
-        weights, state, value = step(weights, state, batch)
+        weights, state, value = step(weights, state, batch.tokens, batch.weights)
         yield float(value)
     nnx.update(decoder, weights)
 
