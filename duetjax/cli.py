@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from duetjax.config import ConfigError, DuetJAXError, EngineConfig, SamplingParams
 
@@ -80,16 +81,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
 
 
-def _engine_config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        page_size=args.page_size,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-        dtype=args.dtype,
-        seed=args.seed,
-    )
+def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are fields of `EngineConfig`, by the same names."""
+    return {field.name: getattr(args, field.name) for field in fields(EngineConfig)}
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -101,7 +95,7 @@ def _generate(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,
         load_format=args.load_format,
-        **asdict(_engine_config(args)),
+        **_engine_settings(args),
     )
     with llm:
         defaults = llm.get_default_sampling_params()
@@ -131,7 +125,7 @@ def _serve(args: argparse.Namespace) -> int:
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
     with bind(args.host, args.port) as listener:
-        model = load(request, _engine_config(args))
+        model = load(request, EngineConfig(**_engine_settings(args)))
         if model.tokenizer is None:
             raise ConfigError(
                 f"model {model.name} has no tokenizer; name a folder with --tokenizer"

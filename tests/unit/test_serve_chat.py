@@ -1,6 +1,5 @@
 """POST /v1/chat/completions over a real socket."""
 
-import openai
 import pytest
 from fake_engine import END, continuation
 from serve_setup import MODEL, serving, write_tokenizer
@@ -8,30 +7,10 @@ from serve_setup import MODEL, serving, write_tokenizer
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_tokenizer(folder)
-    with serving(folder) as served:
-        yield served
-
-
 @pytest.fixture(autouse=True)
 def engine_is_idle_afterwards(served):
     yield
     served.engine.wait_idle()
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(served):
-    with served.http() as http:
-        yield http
 
 
 def chat(http, **body):

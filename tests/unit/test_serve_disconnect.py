@@ -6,19 +6,12 @@ import random
 import openai
 import pytest
 from fake_engine import FakeEngine, continuation, wait_until
-from serve_setup import MODEL, post_bytes, serving, write_tokenizer
+from serve_setup import MODEL, post_bytes, serving
 
 ROUTES = {
     "/v1/completions": {"prompt": "a"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_tokenizer(folder)
-    return folder
 
 
 def request(route="/v1/completions", **body):

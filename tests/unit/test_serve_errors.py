@@ -7,7 +7,7 @@ import re
 import openai
 import pytest
 from fake_engine import PATIENCE, VOCAB_SIZE
-from serve_setup import MODEL, make_service, post_bytes, read_all, serving, write_tokenizer
+from serve_setup import MODEL, make_service, post_bytes, read_all, serving
 
 from duetjax.serve.app import create_app
 from duetjax.serve.auth import PUBLIC_PATHS
@@ -17,31 +17,12 @@ GENERATING = ("/v1/completions", "/v1/chat/completions")
 READABLE = ("/v1/models", f"/v1/models/{MODEL}", "/v1/models/abc/alias", "/health", "/metrics")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    with serving(folder) as served:
-        yield served
-
-
 @pytest.fixture(autouse=True)
 def nothing_has_reached_the_engine(served):
     before = list(served.engine.submitted)
     yield
     assert served.engine.submitted == before
     served.engine.wait_idle()
-
-
-@pytest.fixture(scope="module")
-def http(served):
-    with served.http() as http:
-        yield http
 
 
 def error_of(response, status):

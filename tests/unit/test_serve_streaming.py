@@ -7,40 +7,15 @@ import threading
 import openai
 import pytest
 from fake_engine import FakeEngine, continuation, wait_until
-from serve_setup import MODEL, events, post_bytes, read_all, serving, write_tokenizer
+from serve_setup import MODEL, events, post_bytes, read_all, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    with serving(folder) as served:
-        yield served
 
 
 @pytest.fixture(autouse=True)
 def engine_is_idle_afterwards(served):
     yield
     served.engine.wait_idle()
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(served):
-    with served.http() as http:
-        yield http
 
 
 def stream_chat(http, **body):

@@ -1,0 +1,30 @@
+"""One server with the alphabet engine for each test module that asks for it."""
+
+import openai
+import pytest
+from serve_setup import serving, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    with serving(folder) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(served):
+    with served.http() as http:
+        yield http
