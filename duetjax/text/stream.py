@@ -100,7 +100,8 @@ class _IncrementalDecoder:
     but raises from then on when a run of byte tokens (`<0xE4>`) turns invalid after a part of
     it was shown, has no flush, and keeps every token of an invalid run. Here what was shown
     stays and the new tokens are decoded by themselves: only in such runs may the text differ from
-    decoding everything at once, which replaces the whole run.
+    decoding everything at once, which replaces the whole run. (A run that spells U+FFFD itself
+    several times looks like one of them.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

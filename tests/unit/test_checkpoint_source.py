@@ -83,9 +83,18 @@ def test_a_folder_comes_before_a_hub_id_of_the_same_name(tmp_path):
     assert resolve_model("org/name", load_format="dummy").kind is SourceKind.FOLDER
 
 
-def test_no_model_is_the_bundled_demo(tmp_path, monkeypatch):
+@pytest.fixture
+def forgotten_demo():
+    """The demo package is imported anew in the test, and what the test imported is not kept."""
+    kept = sys.modules.pop("duetjax.demo", None)
+    yield
+    sys.modules.pop("duetjax.demo", None)
+    if kept is not None:
+        sys.modules["duetjax.demo"] = kept
+
+
+def test_no_model_is_the_bundled_demo(tmp_path, monkeypatch, forgotten_demo):
     write_config(tmp_path / "demo")
-    monkeypatch.delitem(sys.modules, "duetjax.demo", raising=False)
     monkeypatch.setattr(duetjax, "__path__", [str(tmp_path)])
     source = resolve_model(None, load_format="dummy")
     assert (source.kind, source.name) == (SourceKind.DEMO, "duetjax-demo")
@@ -93,7 +102,7 @@ def test_no_model_is_the_bundled_demo(tmp_path, monkeypatch):
     assert "no --model was given" in source.description
 
 
-def test_an_installation_without_the_demo_says_so(tmp_path, monkeypatch):
+def test_an_installation_without_the_demo_says_so(tmp_path, monkeypatch, forgotten_demo):
     monkeypatch.setitem(sys.modules, "duetjax.demo", None)
     assert "bundled demo model is missing" in refused(None)
     (tmp_path / "demo").mkdir()
