@@ -29,6 +29,7 @@ class Seen:
     text: str
     times: tuple[float, ...]
     num_tokens: int
+    finished: bool
 
     @property
     def ttft(self) -> float:
@@ -54,14 +55,14 @@ def main() -> int:
         answers = [ask(port, model, question, show=True) for question in QUESTIONS]
         print(f"Now {BATCH} streams at once, one of them shown:\n")
         together = ask_together(port, model)
+        if len(together) < BATCH or not all(s.finished for s in (*answers, *together)):
+            raise SystemExit("a stream did not complete; the reason is above")
         print(table(answers, together))
         free, total = pages(port)
         print(f"KV pages free: {free} of {total}")
-        complete = all(seen.text for seen in (*answers, *together))
-        return 0 if complete and free == total else 1
+        return 0 if free == total else 1
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
+        stop(server)
 
 
 def wait_for_port(server: subprocess.Popen[bytes]) -> int:
@@ -78,6 +79,15 @@ def wait_for_port(server: subprocess.Popen[bytes]) -> int:
     return int(found[1])
 
 
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Asks the server to drain and leave, and ends it if it does not."""
+    server.send_signal(signal.SIGTERM)
+    try:
+        server.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+
+
 def ask(port: int, model: str, question: str, *, show: bool) -> Seen:
     """Streams one chat answer, printing it as it arrives if asked to."""
     if show:
@@ -89,18 +99,20 @@ def ask(port: int, model: str, question: str, *, show: bool) -> Seen:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    started, times, text, num_tokens = time.perf_counter(), [], [], 0
+    started, times, text, num_tokens, finished = time.perf_counter(), [], [], 0, False
     for event in post_stream(port, "/v1/chat/completions", body):
-        if event["choices"] and (piece := event["choices"][0]["delta"].get("content")):
-            times.append(time.perf_counter() - started)
-            text.append(piece)
-            if show:
-                print(piece, end="", flush=True)
+        for choice in event["choices"]:
+            finished |= choice["finish_reason"] is not None
+            if piece := choice["delta"].get("content"):
+                times.append(time.perf_counter() - started)
+                text.append(piece)
+                if show:
+                    print(piece, end="", flush=True)
         if event.get("usage"):
             num_tokens = event["usage"]["completion_tokens"]
     if show:
         print("\n")
-    return Seen(question, "".join(text), tuple(times), num_tokens)
+    return Seen(question, "".join(text), tuple(times), num_tokens, finished and bool(times))
 
 
 def ask_together(port: int, model: str) -> list[Seen]:

@@ -26,7 +26,7 @@ from duetjax.checkpoint.source import (
     check_context,
     resolve_model,
 )
-from duetjax.config import EngineConfig, ModelConfig, SamplingParams
+from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler, SchedulerLimits
@@ -88,7 +88,9 @@ class LoadedModel:
         )
 
 
-def load(request: ModelRequest, engine: EngineConfig) -> LoadedModel:
+def load(
+    request: ModelRequest, engine: EngineConfig, *, needs_tokenizer: bool = False
+) -> LoadedModel:
     """Loads weights and compiles every program, saying what it does; takes seconds to minutes.
 
     Raises `DuetJAXError` with one line for whatever the caller can mend.
@@ -101,6 +103,8 @@ def load(request: ModelRequest, engine: EngineConfig) -> LoadedModel:
             ", ".join(source.generation.ignored),
         )
     tokenizer = _tokenizer(source, request)
+    if tokenizer is None and needs_tokenizer:
+        raise ConfigError(f"model {source.name} has no tokenizer; name a folder with --tokenizer")
     client, plan = build_engine(source, engine, load_format=request.load_format)
     return LoadedModel(
         name=source.name,
@@ -121,6 +125,12 @@ def build_engine(
     dtype = config.dtype if engine.dtype == "auto" else engine.dtype
     plan = plan_memory(config, engine, dtype)
     check_context(config, plan.max_model_len)
+    _log.info(
+        "max_model_len %d; %d KV pages of %d tokens",
+        plan.max_model_len,
+        plan.layout.num_pages,
+        plan.layout.page_size,
+    )
     programs = Programs(config, dtype, plan.layout, _buckets(engine, plan))
     weights = _load_weights(source, programs, load_format, engine.seed)
     _compile(programs)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,9 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
 def _generate(args: argparse.Namespace) -> int:
     from duetjax.llm import LLM
 
+    params = SamplingParams(
+        temperature=args.temperature or 0.0, max_tokens=args.max_tokens, stop=args.stop
+    )
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     llm = LLM(
         args.model,
@@ -98,12 +101,9 @@ def _generate(args: argparse.Namespace) -> int:
         **_engine_settings(args),
     )
     with llm:
-        defaults = llm.get_default_sampling_params()
-        params = SamplingParams(
-            temperature=defaults.temperature if args.temperature is None else args.temperature,
-            max_tokens=args.max_tokens,
-            stop=tuple(args.stop),
-        )
+        if args.temperature is None:
+            recommended = llm.get_default_sampling_params().temperature
+            params = replace(params, temperature=recommended)
         if args.raw or not llm.has_chat_template:
             deltas = llm.stream(prompt, params)
         else:
@@ -125,11 +125,8 @@ def _serve(args: argparse.Namespace) -> int:
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
     with bind(args.host, args.port) as listener:
-        model = load(request, EngineConfig(**_engine_settings(args)))
-        if model.tokenizer is None:
-            raise ConfigError(
-                f"model {model.name} has no tokenizer; name a folder with --tokenizer"
-            )
+        model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
+        assert model.tokenizer is not None
         service = Service(
             client=model.engine,
             tokenizer=model.tokenizer,
@@ -151,7 +148,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _doctor(_args: argparse.Namespace) -> int:
-    """Facts for a bug report, and whether the demo would run."""
+    """Facts for a bug report."""
     import importlib.metadata
     import platform
 

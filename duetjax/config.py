@@ -3,9 +3,8 @@
 Imports the standard library only; every other module may import this one.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from reprlib import repr as short  # values of hostile files may be megabytes long
 from typing import Any, Self
@@ -89,12 +88,17 @@ class RopeConfig:
         factor = _number(scaling, "factor")
         if rope_type is RopeType.LINEAR:
             return cls(theta=theta, type=rope_type, factor=factor)
+        low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
+        if not low < high:
+            raise ModelFolderError(
+                f"config.json: low_freq_factor {low} must be below high_freq_factor {high}"
+            )
         return cls(
             theta=theta,
             type=rope_type,
             factor=factor,
-            low_freq_factor=_number(scaling, "low_freq_factor"),
-            high_freq_factor=_number(scaling, "high_freq_factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
             original_max_position_embeddings=_size(scaling, "original_max_position_embeddings"),
         )
 
@@ -272,14 +276,19 @@ def token_ids(value: object, name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(values))
 
 
+def flag(field_name: str) -> str:
+    """The command line's spelling of a field: max_num_seqs is --max-num-seqs."""
+    return f"--{field_name.replace('_', '-')}"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits and sizes of one engine; the names are vLLM's where vLLM has one.
 
     page_size: tokens per KV page. max_num_seqs: rows decoded together. max_num_batched_tokens:
     tokens one step may compute, decode rows first, prompt chunks in what is left.
-    max_model_len: None means what the model and the KV memory allow. kv_cache_memory_bytes: size
-    of the KV pool.
+    max_model_len: None means what the model and the KV memory allow. kv_cache_memory_bytes: the
+    most that the KV pool takes; it takes less where max_num_seqs full contexts need less.
     """
 
     max_model_len: int | None = None
@@ -291,6 +300,10 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "dtype" and value is not None and type(value) is not int:
+                raise ConfigError(f"{flag(field.name)} {value!r} must be an integer")
         if self.page_size not in (16, 32, 64, 128):
             raise ConfigError(f"--page-size {self.page_size}: choose 16, 32, 64 or 128")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -312,8 +325,9 @@ class EngineConfig:
 class SamplingParams:
     """How one request's tokens are chosen and when it ends; names and defaults are vLLM's.
 
-    temperature 0 is greedy. seed: with one, the same request gives the same tokens; without,
-    each is drawn afresh. stop: strings that end the text before them. stop_token_ids: further
+    temperature 0 (and anything under 1e-5) is greedy. seed: with one, the same request draws the
+    same random bits, so its tokens are the same up to rounding of the logits; without, each is
+    drawn afresh. stop: strings that end the text before them. stop_token_ids: further
     ids that end it, beside the model's own end-of-sequence ids unless ignore_eos. max_tokens
     None: until max_model_len. n: completions of one prompt, the i-th seeded with seed + i.
 
@@ -324,18 +338,21 @@ class SamplingParams:
     temperature: float = 1.0
     max_tokens: int | None = 16
     seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: tuple[str, ...] | list[str] | str | None = ()
+    stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        ids = self.stop_token_ids or ()
+        _check(isinstance(stop, tuple | list), "stop", "a string or a list of them", self.stop)
+        _check(isinstance(ids, tuple | list), "stop_token_ids", "a list of token ids", ids)
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
         _check(type(self.n) is int and self.n >= 1, "n", "an integer of at least 1", self.n)
         _check(
-            math.isfinite(self.temperature) and 0 <= self.temperature <= 2,
+            type(self.temperature) in (int, float) and 0 <= self.temperature <= 2,
             "temperature",
             "a number from 0 to 2",
             self.temperature,
@@ -354,7 +371,7 @@ class SamplingParams:
         )
         _check(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
         _check(
-            all(type(t) is int and t >= 0 for t in self.stop_token_ids),
+            all(type(t) is int and t >= 0 for t in ids),
             "stop_token_ids",
             "token ids",
             self.stop_token_ids,

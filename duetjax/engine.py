@@ -53,11 +53,13 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler  # after start(), touched by the engine thread alone
-        self._executor = executor  # likewise
         self._limits = scheduler.limits
         self._vocab_size = vocab_size
         self._clock = clock
-        self._thread = threading.Thread(target=self._run, name="duetjax-engine", daemon=True)
+        # The thread owns the executor: device memory is free once it has ended.
+        self._thread = threading.Thread(
+            target=self._run, args=(executor,), name="duetjax-engine", daemon=True
+        )
         self._stats = scheduler.stats()
         # _wakeup guards what follows; it is held for moments, never while a step or callback runs.
         self._wakeup = threading.Condition()
@@ -74,9 +76,9 @@ class EngineClient:
         nobody knows who was told what: the engine fails as if the device had, and every live
         request, those of the lost batch included, is offered an ERROR output in a last call.
         """
-        self._on_outputs = on_outputs
         with self._wakeup:
             assert self._phase is _Phase.NEW, f"start() of an engine that is {self._phase.value}"
+            self._on_outputs = on_outputs
             self._phase = _Phase.RUNNING
         self._thread.start()
 
@@ -166,22 +168,22 @@ class EngineClient:
     def _why_not_running(self) -> str:
         assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
         if self._failure is None:
-            return "the engine has been shut down; start the server again"
-        return f"the engine has failed ({self._failure!r}); see its log and start the server again"
+            return "the engine has been shut down; start it again"
+        return f"the engine has failed ({self._failure!r}); see its log, then start it again"
 
     # What follows runs on the engine thread.
 
-    def _run(self) -> None:
+    def _run(self, executor: Executor) -> None:
         try:
             while (inbox := self._next_inbox()) is not None:
                 aborted = self._take_in(inbox)
-                sampled = self._step()
+                sampled = self._step(executor)
                 self._stats = self._scheduler.stats()
                 self._publish((*aborted, *sampled))
             self._abort_all()
         except BaseException as failure:  # whatever it is, nobody may be left waiting
             _log.critical("the engine failed and takes no more requests", exc_info=failure)
-            self._fail(failure)
+            self._fail(failure.with_traceback(None))  # its frames hold the executor
 
     def _next_inbox(self) -> list[NewRequest | _Abort] | None:
         """Sleeps until there is work; what came in since the last round, None once closed."""
@@ -205,12 +207,12 @@ class EngineClient:
                 aborted.append(RequestOutput(item.id, (), FinishReason.ABORT))
         return aborted
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self, executor: Executor) -> list[RequestOutput]:
         launches = self._scheduler.plan(self._clock())
-        tickets = [self._executor.submit(launch) for launch in launches]
+        tickets = [executor.submit(launch) for launch in launches]
         outputs: list[RequestOutput] = []
         for launch, ticket in zip(launches, tickets, strict=True):
-            sampled = self._executor.result(ticket)
+            sampled = executor.result(ticket)
             outputs += self._scheduler.commit(launch, sampled, self._clock())
         return outputs
 

@@ -10,14 +10,14 @@ import itertools
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, cast
 
 from tqdm import tqdm
 
 from duetjax.build import LoadedModel, ModelRequest, load
-from duetjax.config import EngineConfig, InvalidRequest, SamplingParams
+from duetjax.config import ConfigError, EngineConfig, InvalidRequest, SamplingParams
 from duetjax.engine import EngineDead
 from duetjax.policy.request import FinishReason
 from duetjax.policy.request import RequestOutput as EngineOutput
@@ -26,6 +26,8 @@ from duetjax.text.tokenizer import Tokenizer
 
 type Prompt = str | Sequence[int]
 type Message = Mapping[str, Any]
+type Arrival = tuple[EngineOutput, float]
+"""An output, and when it reached this process (seconds of time.perf_counter)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One completion of a prompt. finish_reason: "stop" or "length"."""
+    """One completion of a prompt.
+
+    finish_reason: "stop" or "length", and "abort" if the LLM was closed meanwhile.
+    """
 
     index: int
     text: str
@@ -132,10 +137,15 @@ class LLM:
         load_format: str = "auto",
         **engine: Any,
     ) -> None:
+        names = [field.name for field in fields(EngineConfig)]
+        if unknown := engine.keys() - set(names):
+            raise ConfigError(
+                f"LLM has no setting {', '.join(sorted(unknown))}; there are {', '.join(names)}"
+            )
         request = ModelRequest(model, tokenizer, chat_template, load_format)
         self._model = load(request, EngineConfig(**engine))
         self._ids = itertools.count()
-        self._queues: dict[str, queue.SimpleQueue[EngineOutput]] = {}
+        self._queues: dict[str, queue.SimpleQueue[Arrival]] = {}
         self._model.engine.start(self._route)
 
     @property
@@ -182,13 +192,15 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[Delta]:
         """Completes one prompt piece by piece; dropping the iterator aborts the generation."""
-        yield from self._stream(self._encode(prompt), sampling_params)
+        _check_single(sampling_params)
+        return self._stream(self._encode(prompt), sampling_params)
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[Delta]:
         """Answers one conversation piece by piece; dropping the iterator aborts it."""
-        yield from self._stream(tuple(self._tokenizer().encode_chat(messages)), sampling_params)
+        _check_single(sampling_params)
+        return self._stream(tuple(self._tokenizer().encode_chat(messages)), sampling_params)
 
     def close(self) -> None:
         """Ends what is running and frees the engine; safe to call twice."""
@@ -207,7 +219,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _one_each(sampling_params or self._model.defaults, len(prompts))
+        wanted = self._model.defaults if sampling_params is None else sampling_params
+        params = _one_each(wanted, len(prompts))
         groups: list[list[_Completion]] = []
         with self._call() as call:
             for prompt, one in zip(prompts, params, strict=True):
@@ -222,11 +235,8 @@ class LLM:
         ]
 
     def _stream(self, prompt: tuple[int, ...], params: SamplingParams | None) -> Iterator[Delta]:
-        params = params or self._model.defaults
-        if params.n != 1:
-            raise InvalidRequest(f"n must be 1 for a stream, not {params.n}", param="n")
         with self._call() as call:
-            call.submit(prompt, params)
+            call.submit(prompt, self._model.defaults if params is None else params)
             for _, delta in call.deltas():
                 yield delta
 
@@ -235,12 +245,16 @@ class LLM:
 
     def _route(self, outputs: tuple[EngineOutput, ...]) -> None:
         """On the engine thread: hands each output to the call that waits for it, if one does."""
+        now = time.perf_counter()
         for output in outputs:
             waiting = self._queues.get(output.id)
             if waiting is not None:
-                waiting.put(output)
+                waiting.put((output, now))
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str | Sequence):
+            kind = type(prompt).__name__
+            raise InvalidRequest(f"a prompt is a text or a list of token ids, not a {kind}")
         return tuple(self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _tokenizer(self) -> Tokenizer:
@@ -256,12 +270,12 @@ class _Call:
     """The generations of one API call; leaving it aborts those that have not ended."""
 
     def __init__(
-        self, model: LoadedModel, name: str, queues: dict[str, queue.SimpleQueue[EngineOutput]]
+        self, model: LoadedModel, name: str, queues: dict[str, queue.SimpleQueue[Arrival]]
     ) -> None:
         self._model = model
         self._name = name
         self._queues = queues
-        self._inbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._live: dict[str, _Completion] = {}
         self._ids = itertools.count()
 
@@ -288,13 +302,13 @@ class _Call:
     def deltas(self) -> Iterator[tuple[_Completion, Delta]]:
         """What arrives, until every completion has ended; raises if the engine dies."""
         while self._live:
-            output = self._inbox.get()
+            output, arrived = self._inbox.get()
             completion = self._live.get(output.id)
             if completion is None:
                 continue  # its stop string came first
             if output.finish is FinishReason.ERROR:
                 raise EngineDead(f"the engine failed: {self._model.engine.failure!r}")
-            delta = completion.take(output, time.perf_counter())
+            delta = completion.take(output, arrived)
             if completion.finish is not None:
                 if output.finish is None:
                     self._model.engine.abort(output.id)
@@ -304,7 +318,7 @@ class _Call:
     def _stream(self, params: SamplingParams) -> TextStream | None:
         if self._model.tokenizer is not None:
             return TextStream(
-                self._model.tokenizer, tuple(params.stop), params.include_stop_str_in_output
+                self._model.tokenizer, tuple(params.stop or ()), params.include_stop_str_in_output
             )
         if params.stop:
             raise InvalidRequest("stop strings need a model with a tokenizer", param="stop")
@@ -319,6 +333,11 @@ def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [cast(Prompt, prompts)]
     return cast(list[Prompt], list(prompts))
+
+
+def _check_single(params: SamplingParams | None) -> None:
+    if params is not None and params.n != 1:
+        raise InvalidRequest(f"n must be 1 for a stream, not {params.n}", param="n")
 
 
 def _one_each(

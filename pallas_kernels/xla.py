@@ -26,9 +26,11 @@ def write_kv(
     """Writes N tokens' keys and values; in place where `pages` is donated.
 
     pages [P, K, 2, S, D]; k, v [N, K, D]; page, slot [N] int32. Several tokens may name one place
-    only on the dummy page, whose content nobody reads.
+    only on the dummy page, whose content nobody reads. Non-finite values are written as 0, or
+    they would reach the page's next owner through weights of 0.
     """
-    return pages.at[page, :, :, slot].set(jnp.stack([k, v], axis=2).astype(pages.dtype))
+    new = jnp.stack([k, v], axis=2).astype(pages.dtype)  # the cast may overflow
+    return pages.at[page, :, :, slot].set(jnp.where(jnp.isfinite(new), new, 0))
 
 
 def decode_attention(

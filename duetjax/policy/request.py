@@ -46,7 +46,7 @@ def new_requests(
     """
     assert params.seed is not None, f"{request_id} has no seed"
     eos = () if params.ignore_eos else eos_token_ids
-    stop_ids = frozenset((*eos, *params.stop_token_ids))
+    stop_ids = frozenset((*eos, *(params.stop_token_ids or ())))
     return tuple(
         NewRequest(
             id=f"{request_id}-{index}",

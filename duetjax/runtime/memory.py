@@ -24,15 +24,19 @@ class MemoryPlan:
 def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str) -> MemoryPlan:
     """Sizes the KV pool: all that max_num_seqs full contexts need, as far as the memory allows.
 
-    Where max_model_len is left open it is the model's, or less if one such context does not fit.
+    Where max_model_len is left open it is the model's (its sliding window, if it has one), or less
+    if one such context does not fit.
     Raises `ConfigError` naming the flag when what was asked for does not fit.
     """
     page_bytes = KVLayout.of(model, 1, engine.page_size, dtype).page_bytes
     fit = engine.kv_cache_memory_bytes // page_bytes
     room = (fit - 1) * engine.page_size  # page 0 is the dummy
-    wanted = engine.max_model_len or min(model.max_position_embeddings, room)
-    if wanted > room or wanted < 2:
-        need = (-(-max(wanted, 2) // engine.page_size) + 1) * page_bytes
+    longest = min(
+        model.max_position_embeddings, model.sliding_window or model.max_position_embeddings
+    )
+    wanted = engine.max_model_len or max(2, min(longest, room))
+    if wanted > room:
+        need = (-(-wanted // engine.page_size) + 1) * page_bytes
         raise ConfigError(
             f"one context of {wanted} tokens needs {need} bytes of KV pages, but"
             f" --kv-cache-memory-bytes is {engine.kv_cache_memory_bytes}; raise it or lower"

@@ -80,7 +80,8 @@ def test_a_folder_that_cannot_be_served_ends_with_one_line_and_an_exit_code(
 def test_a_window_shorter_than_the_context_names_the_flag(tmp_path, capsys):
     write_model(tmp_path)
     config_with(sliding_window=64)(tmp_path)
-    assert main(["generate", "x", "--model", str(tmp_path)]) == 1
+    asked = ["--max-model-len", "128"]
+    assert main(["generate", "x", "--model", str(tmp_path), *asked]) == 1
     assert "--max-model-len 64" in capsys.readouterr().err
 
 

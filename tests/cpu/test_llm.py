@@ -123,6 +123,23 @@ def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(llm):
     assert free_pages(llm) == before
 
 
+def test_parameters_that_do_not_match_the_prompts_are_refused(llm):
+    for params in ([], [GREEDY] * 3):
+        with pytest.raises(InvalidRequest, match="2 prompts"):
+            llm.generate(["a", "b"], params, use_tqdm=False)
+
+
+def test_a_stream_is_refused_when_it_is_asked_for(llm):
+    with pytest.raises(InvalidRequest, match="n must be 1"):
+        llm.stream("x", SamplingParams(n=2))
+
+
+def test_a_tiny_temperature_is_greedy(llm):
+    [cold] = llm.generate("Decode", replace(GREEDY, temperature=1e-30), use_tqdm=False)
+    [greedy] = llm.generate("Decode", GREEDY, use_tqdm=False)
+    assert cold.outputs[0].token_ids == greedy.outputs[0].token_ids
+
+
 def test_threads_share_one_engine(llm):
     [wanted] = llm.generate("A slot", GREEDY, use_tqdm=False)
     got = []
@@ -151,6 +168,7 @@ def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(llm):
         ({"max_model_len": 100_000}, ConfigError, "--max-model-len 4096"),
         ({"kv_cache_memory_bytes": 1000}, ConfigError, "--kv-cache-memory-bytes"),
         ({"page_size": 48}, ConfigError, "16, 32, 64 or 128"),
+        ({"gpu_memory_utilization": 0.9}, ConfigError, "max_num_seqs"),
         ({"model": "./nowhere"}, ModelFolderError, "no such folder"),
         ({"model": "qwen3-8b"}, ModelFolderError, "--load-format dummy"),
     ],

@@ -1,5 +1,7 @@
 """How KV memory is divided: pages that fit, contexts that fit, flags named when they do not."""
 
+from dataclasses import replace
+
 import pytest
 
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
@@ -48,6 +50,12 @@ def test_an_open_context_shrinks_to_the_memory():
 
 def test_an_open_context_is_the_model_s_where_memory_allows():
     assert plan(kv_cache_memory_bytes=2**30).max_model_len == 4096
+
+
+def test_an_open_context_ends_at_the_sliding_window():
+    windowed = replace(MODEL, sliding_window=1024)
+    engine = EngineConfig(kv_cache_memory_bytes=2**30)
+    assert plan_memory(windowed, engine, "float32").max_model_len == 1024
 
 
 @pytest.mark.parametrize("memory", [0, PAGE_BYTES, 10 * PAGE_BYTES])

@@ -132,6 +132,20 @@ def test_writing_kv_touches_its_slots_only():
     np.testing.assert_array_equal(out, want)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_non_finite_values_reach_neither_neighbours_nor_the_next_owner(poison):
+    rng = np.random.default_rng(5)
+    [seq], pool = make_sequences([S], rng)
+    bad = np.full((1, K, D), poison, np.float32)
+    poisoned = write_kv(jnp.array(pool), bad, bad, seq.table[:1], np.array([9]))
+    q = rng.normal(size=(1, K, D)).astype(np.float32)
+    new_owner = decode_attention(q, poisoned, seq.table[None], np.array([3]))
+    np.testing.assert_array_equal(
+        new_owner, decode_attention(q, jnp.array(pool), seq.table[None], np.array([3]))
+    )
+    assert np.isfinite(decode_attention(q, poisoned, seq.table[None], np.array([S]))).all()
+
+
 def test_swapped_keys_and_values_would_be_noticed():
     rng = np.random.default_rng(4)
     [seq], pool = make_sequences([50], rng)

@@ -82,6 +82,10 @@ def test_a_sliding_window_counts_where_the_architecture_uses_it(architecture, ke
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "low_freq_factor"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
+        (
+            {"rope_scaling": {"type": "llama3", **LLAMA3_ROPE, "low_freq_factor": 4.0}},
+            "low_freq_factor 4.0",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"vocab_size": 10**12}, "vocab_size"),
@@ -111,6 +115,8 @@ def test_what_cannot_be_served_is_refused_by_its_key_in_one_line(keys, named):
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", 64),
         ("max_model_len", 1),
+        ("max_model_len", 100.5),
+        ("max_num_seqs", True),
         ("seed", -1),
     ],
 )
@@ -130,6 +136,9 @@ def test_engine_settings_out_of_range_name_their_flag(field, value):
         ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("seed", 2**63),
+        ("temperature", "0"),
+        ("temperature", 10**400),
+        ("stop", 5),
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop_token_ids", [-1]),
@@ -140,3 +149,7 @@ def test_sampling_parameters_out_of_range_name_themselves(field, value):
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})
     assert caught.value.param == field
+
+
+def test_none_means_no_stops_as_in_vllm():
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()

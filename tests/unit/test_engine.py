@@ -6,6 +6,7 @@ Waits have a generous bound so that a hang fails; nothing depends on how long an
 import random
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -455,3 +456,22 @@ def test_shutdown_does_not_wait_longer_for_a_device_that_hangs(fail_at):
 def test_an_engine_starts_once():
     with running() as (client, _, frontend), pytest.raises(AssertionError, match="running"):
         client.start(frontend.take)
+
+
+def test_an_engine_that_has_ended_holds_its_executor_no_longer():
+    executor = FakeExecutor(LIMITS.page_size)
+    gone = weakref.ref(executor)
+    client, frontend = new_engine(executor)[0], Frontend()
+    client.start(frontend.take)
+    client.submit(request("a"))
+    frontend.wait_for_end("a")
+    client.shutdown(WAIT)
+    del executor
+    assert gone() is None
+
+
+def test_a_failure_is_kept_without_the_frames_that_hold_the_device():
+    with running(FakeExecutor(LIMITS.page_size, fail_at=1)) as (client, _, frontend):
+        client.submit(request("a"))
+        frontend.wait_for_end("a")
+        assert client.failure.__traceback__ is None
