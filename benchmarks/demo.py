@@ -45,7 +45,7 @@ class Seen:
 def main() -> int:
     """Runs the demo; returns the exit code."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "duetjax.cli", "serve", "--port", "0", "--max-num-seqs", "16"],
+        [sys.executable, "-m", "duetjax.cli", "serve", "--port", "0", "--max-num-seqs", "8"],
         stdout=subprocess.PIPE,
     )
     try:
