@@ -122,11 +122,18 @@ def test_of_64_streams_those_whose_clients_stay_get_their_text_and_all_pages_ret
         whole = continuation(plan.prompt, plan.num_tokens, 1.0, plan.seed)
         assert text == (whole[: len(text)] if plan.leaves else whole)
 
+    def start_when_all_are_there():
+        wait_until(lambda: len(engine.submitted) == len(plans), "all requests")
+        engine.executor.release()
+
     async def all_of_them(url):
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
-            await asyncio.gather(*(one(client, plan) for plan in plans))
+            await asyncio.gather(
+                asyncio.to_thread(start_when_all_are_there), *(one(client, plan) for plan in plans)
+            )
 
-    engine = FakeEngine(num_slots=16, num_pages=80)  # too few for 16 long rows: some are preempted
+    engine = FakeEngine(num_slots=16, num_pages=40)  # too few for 16 long rows: some are preempted
+    engine.executor.hold()
     with serving(folder, engine) as served, served.http() as http:
         asyncio.run(all_of_them(served.url))
         engine.wait_idle()
