@@ -1,6 +1,9 @@
 # Every target works in $(VENV), which is made on first use and brought up to date when
 # pyproject.toml or a lock file changes. `make test LATEST=1` resolves freely, in another one.
 
+# The wheels that compile for an absent GPU would ask for its driver.
+export JAX_SKIP_CUDA_CONSTRAINTS_CHECK ?= 1
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -33,7 +36,8 @@ lock:  ## resolve both lock files anew, with jax at LOCKED_JAX
 	[[ -x build/lock/bin/uv ]] || \
 		{ python=$$(.ci/python) && "$$python" -m venv build/lock && build/lock/bin/pip install -q uv; }
 	$(RESOLVE) --constraint <(echo jax==$(LOCKED_JAX)) -o requirements.lock pyproject.toml
-	$(RESOLVE) --constraint requirements.lock --extra dev -o requirements-dev.lock pyproject.toml
+	$(RESOLVE) --constraint requirements.lock \
+		--constraint <(printf '%s==$(LOCKED_JAX)\n' jax-cuda13-{plugin,pjrt}) --extra dev -o requirements-dev.lock pyproject.toml
 RESOLVE := build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.12 \
 	--generate-hashes --no-annotate --custom-compile-command 'make lock'
 

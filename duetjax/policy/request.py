@@ -1,6 +1,6 @@
 """One generation as the scheduler sees it: tokens in, tokens out, pages held."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from duetjax.config import SamplingParams
@@ -19,17 +19,17 @@ class FinishReason(StrEnum):
 class NewRequest:
     """A generation to run, in plain values (it may cross a process boundary).
 
-    max_tokens: at least 1. stop_ids: token ids that end it, end-of-sequence ids included where
-    they are not to be ignored; the id itself is reported and counted.
-    seed: 64-bit, always given: whoever submits draws one when the user did not.
+    max_tokens: at least 1. sampling: how tokens are chosen; its seed is given (whoever submits
+    draws one when the user did not), its n, max_tokens and stop are not looked at.
+    stop_ids: token ids that end it, end-of-sequence ids included where they are not to be ignored;
+    the id itself is reported and counted.
     """
 
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
-    temperature: float
-    seed: int
-    stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams
+    stop_ids: tuple[int, ...] = ()
 
 
 def new_requests(
@@ -46,18 +46,33 @@ def new_requests(
     """
     assert params.seed is not None, f"{request_id} has no seed"
     eos = () if params.ignore_eos else eos_token_ids
-    stop_ids = frozenset((*eos, *(params.stop_token_ids or ())))
+    stop_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()))))
     return tuple(
         NewRequest(
             id=f"{request_id}-{index}",
             prompt=prompt,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
-            temperature=params.temperature,
-            seed=(params.seed + index) % 2**64,
+            sampling=replace(params, seed=_wrapped(params.seed + index)),
             stop_ids=stop_ids,
         )
         for index in range(params.n)
     )
+
+
+def _wrapped(seed: int) -> int:
+    """The 64-bit signed integer with the same bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a sampled token was by the model alone (natural logarithm), and what else was.
+
+    top: as many of the most likely tokens as were asked for, as (id, logprob), most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +80,13 @@ class RequestOutput:
     """What one step produced for one request.
 
     token_ids: newly sampled ids, in order, never empty unless finish says why it ended.
+    logprobs: one per token id where the request asked for them, else empty.
     """
 
     id: str
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
