@@ -68,7 +68,8 @@ def _next_tokens(
     config: ModelConfig, weights: Mapping[str, np.ndarray]
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     definition = Definition(config, jnp.float32)
-    leaves = definition.ordered({name: jnp.asarray(array) for name, array in weights.items()})
+    fused = definition.fusion.fuse(weights.items())
+    leaves = definition.ordered({name: jnp.asarray(array) for name, array in fused})
 
     @jax.jit
     def run(leaves: list[jax.Array], tokens: jax.Array, last: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from chat_format import Encoded, encode, train_tokenizer
 from flax import nnx
 
 from duetjax.config import ModelConfig
-from duetjax.model.decoder import Decoder
+from duetjax.model.decoder import Decoder, Definition
 
 SEED = 7
 BATCH_TOKENS = 2048
@@ -118,8 +118,12 @@ def _matrices(weights: nnx.State) -> nnx.State:
 
 def named(decoder: Decoder) -> dict[str, np.ndarray]:
     """A decoder's weights by their Hugging Face names."""
+    split = Definition(decoder.config, jnp.float32).fusion.split
     leaves = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in leaves}
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in leaves:
+        tensors |= split(".".join(map(str, path)), np.asarray(leaf[...]))
+    return tensors
 
 
 def main() -> None:

@@ -28,12 +28,20 @@ from duetjax.checkpoint.source import (
 )
 from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
+from duetjax.policy.launch import Program
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler, SchedulerLimits
-from duetjax.runtime.executor import JaxExecutor
-from duetjax.runtime.memory import MemoryPlan, plan_memory
-from duetjax.runtime.programs import Buckets, Programs
+from duetjax.model.decoder import Definition
+from duetjax.runtime import compilations
+from duetjax.runtime.compiler import Compiler
+from duetjax.runtime.executor import Executables, JaxExecutor
+from duetjax.runtime.memory import DeviceMemory, MemoryPlan, host_memory, kv_bytes, plan_memory
+from duetjax.runtime.programs import Buckets, Programs, Upkeep
+from duetjax.runtime.slot_state import SlotShapes
+from duetjax.runtime.store import ProgramStore, default_folder
+from duetjax.runtime.target import Target, local_target
 from duetjax.text.tokenizer import Tokenizer
+from pallas_kernels import xla
 
 _log = logging.getLogger(__name__)
 
@@ -120,38 +128,65 @@ def load(
 def build_engine(
     source: ModelSource, engine: EngineConfig, *, load_format: str = "auto"
 ) -> tuple[EngineClient, MemoryPlan]:
-    """An engine that has its weights and programs and waits for `start`."""
-    config = source.config
-    dtype = config.dtype if engine.dtype == "auto" else engine.dtype
-    plan = plan_memory(config, engine, dtype)
-    check_context(config, plan.max_model_len)
+    """An engine that has its weights and programs and waits for `start`.
+
+    In this order: plan memory, load weights, compile (or find) every program, allocate.
+    """
+    compilations.install()
+    target = local_target()
+    programs, memory, plan = _plan(source.config, engine, target)
     _log.info(
         "max_model_len %d; %d KV pages of %d tokens",
         plan.max_model_len,
         plan.layout.num_pages,
         plan.layout.page_size,
     )
-    programs = Programs(config, dtype, plan.layout, _buckets(engine, plan))
     weights = _load_weights(source, programs, load_format, engine.seed)
-    _compile(programs)
-    executor = JaxExecutor(programs, programs.definition.ordered(weights), engine.max_num_seqs)
+    executables = _compile(programs, memory, engine)
+    executor = JaxExecutor(programs, executables, programs.definition.ordered(weights))
     scheduler = Scheduler(_limits(engine, plan, programs.buckets))
-    return EngineClient(scheduler, executor, vocab_size=config.vocab_size), plan
+    return EngineClient(scheduler, executor, vocab_size=source.config.vocab_size), plan
+
+
+def _plan(
+    config: ModelConfig, engine: EngineConfig, target: Target
+) -> tuple[Programs, DeviceMemory, MemoryPlan]:
+    """The programs to compile and the memory they will serve from, before any of it is taken."""
+    if target.platform != "cpu":
+        raise ConfigError(
+            f"the attention kernels for {target.platform} are not built yet (docs/design.md);"
+            " set JAX_PLATFORMS=cpu to serve on the processor"
+        )
+    dtype = config.dtype if engine.dtype == "auto" else engine.dtype
+    itemsize = np.dtype(jnp.dtype(dtype)).itemsize
+    shapes = Definition(config, dtype).fusion.shapes.values()
+    memory = DeviceMemory(
+        total=host_memory(),
+        weights=sum(math.prod(shape) for shape in shapes) * itemsize,
+        slots=0,
+        temporaries=0,
+    )
+    plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=True))
+    check_context(config, plan.max_model_len)
+    slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
+    programs = Programs(config, plan.layout, slots, _buckets(engine, plan), target, xla)
+    return programs, replace(memory, slots=slots.num_bytes), plan
 
 
 def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
-    """Decode rows in powers of 2 from 2; prefill tokens in powers of 4 up to the token budget."""
+    """Decode rows in powers of 2 from 2; prefill tokens in powers of 4 up to the token budget.
+
+    Deterministic: the largest of each alone, as sums are ordered differently in each bucket.
+    """
     rows = max(1, math.ceil(math.log2(engine.max_num_seqs)))
     largest = min(engine.max_num_batched_tokens, _MAX_PREFILL_ROWS * plan.max_model_len)
     prefill = [largest]
     while prefill[0] > 4 * _SMALLEST_PREFILL:
         prefill.insert(0, prefill[0] // 4)
-    return Buckets(
-        decode=tuple(2**power for power in range(1, rows + 1)),
-        prefill=tuple(prefill),
-        prefill_rows=_MAX_PREFILL_ROWS,
-        table_width=plan.table_width,
-    )
+    decode = [2**power for power in range(1, rows + 1)]
+    if engine.deterministic:
+        decode, prefill = decode[-1:], prefill[-1:]
+    return Buckets(tuple(decode), tuple(prefill), _MAX_PREFILL_ROWS)
 
 
 def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> SchedulerLimits:
@@ -164,6 +199,7 @@ def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> Schedule
         decode_buckets=shapes.decode,
         prefill_buckets=shapes.prefill,
         max_prefill_rows=shapes.prefill_rows,
+        deterministic=engine.deterministic,
     )
 
 
@@ -181,29 +217,42 @@ def _tokenizer(source: ModelSource, request: ModelRequest) -> Tokenizer | None:
 def _load_weights(
     source: ModelSource, programs: Programs, load_format: str, seed: int
 ) -> Mapping[str, jax.Array]:
-    """Every tensor on the device, in the serving dtype."""
-    shapes, dtype = programs.definition.shapes, np.dtype(jnp.dtype(programs.dtype))
+    """Every leaf on the device, fused and in the serving dtype."""
+    fusion, dtype = programs.definition.fusion, np.dtype(jnp.dtype(programs.layout.dtype))
     if load_format == LoadFormat.DUMMY:
-        tensors = dummy_weights(shapes, dtype, seed)
+        tensors = dummy_weights(fusion.shapes, dtype, seed)
     else:
         assert source.folder is not None, f"{source.name} has no weights to load"
-        tensors = read_weights(source.folder, shapes, dtype)
-    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        tensors = read_weights(source.folder, fusion.shapes, dtype)
+    total = sum(math.prod(shape) for shape in fusion.shapes.values()) * dtype.itemsize
     weights = {}
     _log.info("loading weights: %.1f MB in %s", total / 1e6, dtype)
     bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None)
     with bar:
-        for name, tensor in tensors:
-            weights[name] = jnp.asarray(tensor)
-            bar.update(tensor.nbytes)
+        for name, leaf in fusion.fuse(tensors):
+            weights[name] = jax.device_put(leaf)
+            bar.update(leaf.nbytes)
     return weights
 
 
-def _compile(programs: Programs) -> None:
-    started, count = time.perf_counter(), len(programs.buckets)
-    _log.info("compiling %d programs", count)
-    with tqdm(total=count, desc="compiling", unit="program", disable=None) as bar:
-        for program, size in programs.compile():
-            bar.set_postfix_str(f"{program} {size}", refresh=False)
+def _compile(programs: Programs, memory: DeviceMemory, engine: EngineConfig) -> Executables:
+    """Every program's executable; refuses before anything is allocated if they need too much."""
+    started, count = time.perf_counter(), len(programs.buckets) + len(Upkeep)
+    compiler = Compiler(programs.target, ProgramStore(default_folder()))
+    executables, temporaries = {}, dict.fromkeys(Program, 0)
+    _log.info("preparing %d programs", count)
+    with tqdm(total=count, desc="programs", unit="program", disable=None) as bar:
+        for key, program in compiler.compile(programs.lowered()):
+            executables[key] = program.executable
+            if isinstance(key, tuple):
+                kind = key[0]
+                temporaries[kind] = max(temporaries[kind], program.facts.temp_bytes)
             bar.update()
-    _log.info("compiled in %.1f s", time.perf_counter() - started)
+    _log.info(
+        "%d programs in %.1f s, %d of them compiled, the others from the store",
+        count,
+        time.perf_counter() - started,
+        compiler.num_compiled,
+    )
+    kv_bytes(engine, replace(memory, temporaries=sum(temporaries.values())), on_host=True)
+    return executables

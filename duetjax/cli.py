@@ -77,8 +77,14 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, default=default.max_num_seqs)
     group.add_argument("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
     group.add_argument("--page-size", type=int, default=default.page_size)
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=default.kv_cache_memory_bytes)
+    group.add_argument("--kv-cache-memory-bytes", type=int, help="default: 512 MiB on the host")
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, default=default.gpu_memory_utilization
+    )
     group.add_argument("--seed", type=int, default=default.seed)
+    group.add_argument(
+        "--deterministic", action="store_true", help="same tokens, bit for bit, in any company"
+    )
 
 
 def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -281,6 +281,9 @@ def flag(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
 
+_NOT_INTEGERS = ("dtype", "gpu_memory_utilization", "deterministic")  # fields of EngineConfig
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits and sizes of one engine; the names are vLLM's where vLLM has one.
@@ -288,22 +291,34 @@ class EngineConfig:
     page_size: tokens per KV page. max_num_seqs: rows decoded together. max_num_batched_tokens:
     tokens one step may compute, decode rows first, prompt chunks in what is left.
     max_model_len: None means what the model and the KV memory allow. kv_cache_memory_bytes: the
-    most that the KV pool takes; it takes less where max_num_seqs full contexts need less.
+    most that the KV pool takes; it takes less where max_num_seqs full contexts need less. None
+    means 512 MiB on the host, and on a GPU what weights and temporaries leave of
+    gpu_memory_utilization, a share of its memory. deterministic: the same request gives the same
+    tokens, bit for bit, alone and in any company; slower.
     """
 
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     page_size: int = 64
-    kv_cache_memory_bytes: int = 512 * 2**20
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
     seed: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "dtype" and value is not None and type(value) is not int:
+            if field.name in _NOT_INTEGERS or value is None:
+                continue
+            if type(value) is not int:
                 raise ConfigError(f"{flag(field.name)} {value!r} must be an integer")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization {self.gpu_memory_utilization} must be above 0 and at"
+                " most 1"
+            )
         if self.page_size not in (16, 32, 64, 128):
             raise ConfigError(f"--page-size {self.page_size}: choose 16, 32, 64 or 128")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -212,8 +212,8 @@ class EngineClient:
         tickets = [executor.submit(launch) for launch in launches]
         outputs: list[RequestOutput] = []
         for launch, ticket in zip(launches, tickets, strict=True):
-            sampled = executor.result(ticket)
-            outputs += self._scheduler.commit(launch, sampled, self._clock())
+            result = executor.result(ticket)
+            outputs += self._scheduler.commit(launch, result, self._clock())
         return outputs
 
     def _publish(self, outputs: tuple[RequestOutput, ...]) -> None:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from duetjax.config import ModelConfig
+from duetjax.model.fusion import Fusion, part_rows
 from duetjax.model.layers import MLP, Embedding, Linear, RMSNorm, rope_frequencies, rotate
 
 type Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -24,21 +25,18 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         c, d = config, config.head_dim
-        q, kv = c.num_heads * d, c.num_kv_heads * d
-        self.q_proj = Linear(c.hidden_size, q, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(c.hidden_size, kv, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(c.hidden_size, kv, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(q, c.hidden_size, bias=c.o_bias, dtype=dtype, rngs=rngs)
+        rows = part_rows(c)["qkv_proj"]
+        self.qkv_proj = Linear(c.hidden_size, sum(rows), bias=c.qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(rows[0], c.hidden_size, bias=c.o_bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(d, c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(d, c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
         self.head_dim = d
+        self.ends_of_q_and_k = (c.num_heads, c.num_heads + c.num_kv_heads)
 
     def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, layer: int) -> jax.Array:
         """x [..., N, hidden], angles [..., N, D/2] -> [..., N, hidden]."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(x).reshape(heads)
-        k = self.k_proj(x).reshape(heads)
-        v = self.v_proj(x).reshape(heads)
+        q, k, v = jnp.split(self.qkv_proj(x).reshape(heads), self.ends_of_q_and_k, axis=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(layer, rotate(q, angles), rotate(k, angles), v)
@@ -74,7 +72,7 @@ class DecoderStack(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model; parameters' paths are the names in a Hugging Face checkpoint."""
+    """A causal language model; parameters' paths are Hugging Face's names, some of them fused."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
@@ -116,8 +114,9 @@ def causal_attention(_layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> j
 class Definition:
     """A decoder's structure without its weights: their names and shapes, and how to bind them.
 
-    shapes: Hugging Face name -> shape, in the order of the flat leaves that programs take (a flat
-    list is the cheapest thing to call a compiled program with). Allocates nothing.
+    fusion: the names and shapes of the flat leaves that programs take, in order (a flat list is the
+    cheapest thing to call a compiled program with), and of the checkpoint's tensors. Allocates
+    nothing.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
@@ -125,13 +124,12 @@ class Definition:
         graph, state = nnx.split(abstract)
         self._graph: nnx.GraphDef[Decoder] = graph
         self._tree = jax.tree.structure(state)
-        self.shapes: dict[str, tuple[int, ...]] = {
-            ".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)
-        }
+        paths = nnx.to_flat_state(state)
+        self.fusion = Fusion(config, {".".join(map(str, path)): leaf.shape for path, leaf in paths})
 
-    def ordered(self, weights: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Arranges weights by name as flat leaves; every name of `shapes` must be there."""
-        return [weights[name] for name in self.shapes]
+    def ordered(self, leaves: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Arranges leaves by name as programs take them; every name must be there."""
+        return [leaves[name] for name in self.fusion.leaves]
 
     def bind(self, leaves: Sequence[jax.Array]) -> Decoder:
         """The decoder with these flat leaves; cheap, meant for use inside a traced function."""

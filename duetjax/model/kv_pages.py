@@ -5,6 +5,7 @@ Page 0 is the dummy: padding rows write to it and nobody reads it. Pages start a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,33 @@ from jax.typing import DTypeLike
 
 from duetjax.config import ModelConfig
 from duetjax.model.decoder import Attend
-from pallas_kernels import decode_attention, prefill_attention, write_kv
 
 DUMMY_PAGE = 0
+
+
+class Kernels(Protocol):
+    """What runs on pages: `pallas_kernels.xla` has the shapes, and the meaning."""
+
+    def write_kv(
+        self, pages: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, slot: jax.Array, /
+    ) -> jax.Array:
+        """Writes N tokens' keys and values in place."""
+
+    def decode_attention(
+        self, q: jax.Array, pages: jax.Array, page_table: jax.Array, lengths: jax.Array, /
+    ) -> jax.Array:
+        """Attention of one query per row over that row's pages."""
+
+    def prefill_attention(
+        self,
+        q: jax.Array,
+        pages: jax.Array,
+        page_table: jax.Array,
+        row_offsets: jax.Array,
+        cached_lengths: jax.Array,
+        /,
+    ) -> jax.Array:
+        """Causal attention of packed rows over their pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +72,37 @@ class KVLayout:
         values = self.num_arrays * 2 * self.num_kv_heads * self.page_size * self.head_dim
         return values * jnp.dtype(self.dtype).itemsize
 
-    def allocate(self) -> list[jax.Array]:
-        """Zeroed arrays on the default device."""
-        return [jnp.zeros(self.shape, self.dtype) for _ in range(self.num_arrays)]
-
-    def abstract(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays' shapes, for lowering."""
-        return [jax.eval_shape(lambda: jnp.zeros(self.shape, self.dtype))] * self.num_arrays
+    def place(self, page_table: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Page and slot in page of one position [N] per table row [N, M]."""
+        index = positions >> (self.page_size.bit_length() - 1)
+        page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
+        return page, positions & (self.page_size - 1)
 
 
 class PagedKV:
     """The cache inside one traced program: `attend` writes to it, `arrays` is what came of it.
 
-    page, slot [N]: where each token's keys and values go.
+    place: page and slot in page [N], where each token's keys and values go.
     """
 
     def __init__(
-        self, arrays: Sequence[jax.Array], config: ModelConfig, page: jax.Array, slot: jax.Array
+        self,
+        arrays: Sequence[jax.Array],
+        config: ModelConfig,
+        kernels: Kernels,
+        place: tuple[jax.Array, jax.Array],
     ) -> None:
         self.arrays = list(arrays)
         self._array_of_layer = config.kv_of_layer
-        self._page, self._slot = page, slot
+        self._kernels = kernels
+        self._page, self._slot = place
 
     def decode(self, page_table: jax.Array, lengths: jax.Array) -> Attend:
         """Attend for one token per row; page_table [B, M], lengths [B] with the new token."""
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return decode_attention(q, self._write(layer, k, v), page_table, lengths)
+            pages = self._write(layer, k, v)
+            return self._kernels.decode_attention(q, pages, page_table, lengths)
 
         return attend
 
@@ -84,11 +113,14 @@ class PagedKV:
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             pages = self._write(layer, k, v)
-            return prefill_attention(q, pages, page_table, row_offsets, cached_lengths)
+            return self._kernels.prefill_attention(
+                q, pages, page_table, row_offsets, cached_lengths
+            )
 
         return attend
 
     def _write(self, layer: int, k: jax.Array, v: jax.Array) -> jax.Array:
         index = self._array_of_layer[layer]
-        self.arrays[index] = write_kv(self.arrays[index], k, v, self._page, self._slot)
-        return self.arrays[index]
+        pages = self._kernels.write_kv(self.arrays[index], k, v, self._page, self._slot)
+        self.arrays[index] = pages
+        return pages

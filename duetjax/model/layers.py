@@ -1,4 +1,4 @@
-"""Building blocks of a Llama-family decoder; attribute names are Hugging Face's weight names.
+"""Building blocks of a Llama-family decoder, named as in a Hugging Face checkpoint.
 
 Arrays carry any number of leading axes: [..., N, features]. Weights keep the checkpoint's layout,
 [out, in] for projections, so that loading moves no data.
@@ -60,13 +60,13 @@ class MLP(nnx.Module):
     def __init__(
         self, hidden: int, intermediate: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.gate_proj = Linear(hidden, intermediate, bias=bias, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(hidden, intermediate, bias=bias, dtype=dtype, rngs=rngs)
+        self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(intermediate, hidden, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., hidden] -> [..., hidden]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:

@@ -94,13 +94,15 @@ class Request:
     """A request's progress, owned and written by the scheduler alone.
 
     tokens: prompt and output so far. num_computed: how many of them have their KV written, a
-    prefix of `tokens`; preemption sets it to 0. pages: the KV pages held, by position.
+    prefix of `tokens`; preemption sets it to 0. num_sent: how many output tokens have been handed
+    on. pages: the KV pages held, by position.
     """
 
     new: NewRequest
     sequence: int
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_sent: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
 

@@ -10,9 +10,9 @@ from heapq import heappop, heappush
 from itertools import count
 
 from duetjax.config import InvalidRequest
-from duetjax.policy.launch import Launch, Program, SlotParams
+from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams, StepResult
 from duetjax.policy.pages import PageAllocator
-from duetjax.policy.request import FinishReason, NewRequest, Request, RequestOutput
+from duetjax.policy.request import FinishReason, NewRequest, Request, RequestOutput, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class SchedulerLimits:
     num_pages counts the dummy page 0. num_slots: requests admitted at once (max_num_seqs).
     max_num_batched_tokens: tokens one step computes, a decoding row being one. decode_buckets
     [rows] and prefill_buckets [tokens]: ascending sizes that programs were compiled for.
+    deterministic: launches that hold the same for a request whatever runs beside it; see `plan`.
     """
 
     num_pages: int
@@ -32,6 +33,7 @@ class SchedulerLimits:
     decode_buckets: tuple[int, ...]
     prefill_buckets: tuple[int, ...]
     max_prefill_rows: int
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         assert min(self.page_size, self.num_slots, self.max_prefill_rows) >= 1, self
@@ -127,6 +129,7 @@ class Scheduler:
         self._preemptions = self._preempted_tokens = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._steps = 0
+        self._prefilled_last = False
         self._busy_seconds = 0.0
 
     @property
@@ -157,29 +160,35 @@ class Scheduler:
         return True
 
     def plan(self, now: float) -> tuple[Launch, ...]:
-        """The next step: at most one decode launch, then at most one prefill launch."""
+        """The next step: at most one decode launch, then at most one prefill launch.
+
+        Where the limits say deterministic they alternate, and a prefill launch is one chunk of one
+        prompt: where a prompt is cut and what it is computed with depend on nobody else.
+        """
         assert not self._in_flight, f"plan with {self._in_flight} in flight"
-        decode = self._plan_decode()
-        prefill = self._plan_prefill(self.limits.max_num_batched_tokens - len(self._decoding))
-        launches = tuple(launch for launch in (decode, prefill) if launch is not None)
+        if self.limits.deterministic:
+            launches = self._plan_alternately()
+        else:
+            decode = self._plan_decode()
+            budget = self.limits.max_num_batched_tokens - len(self._decoding)
+            prefill = self._plan_prefill(budget, self.limits.max_prefill_rows)
+            launches = tuple(launch for launch in (decode, prefill) if launch is not None)
         assert launches or not self.has_work, f"nothing can run: {self.stats()}"
         self._in_flight.extend(launches)
         self._steps += bool(launches)
         self._planned_at = now
         return launches
 
-    def commit(
-        self, launch: Launch, sampled: tuple[int, ...], now: float
-    ) -> tuple[RequestOutput, ...]:
-        """Takes in a finished launch: `sampled` [R] is the token id that each row sampled."""
+    def commit(self, launch: Launch, result: StepResult, now: float) -> tuple[RequestOutput, ...]:
+        """Takes in a finished launch and what became of its rows."""
         assert self._in_flight, f"commit of {launch}, which was not planned"
         expected = self._in_flight.popleft()
         assert launch == expected, f"commit of {launch} before {expected}"
-        assert len(sampled) == len(launch.slots), f"{len(sampled)} samples for {launch}"
+        assert len(result.tokens) == len(launch.slots), f"{result} for {launch}"
         if launch.program is Program.DECODE:
-            outputs = self._commit_decode(launch, sampled)
+            outputs = self._commit_decode(launch, result)
         else:
-            outputs = self._commit_prefill(launch, sampled)
+            outputs = self._commit_prefill(launch, result)
         if not self._in_flight:
             self._busy_seconds += now - self._planned_at
         return outputs
@@ -215,17 +224,36 @@ class Scheduler:
 
     # Planning: decode rows first, prompt chunks in what is left of the budget.
 
+    def _plan_alternately(self) -> tuple[Launch, ...]:
+        prefill = None if self._prefilled_last else self._plan_prefill_chunk()
+        launch = prefill or self._plan_decode() or self._plan_prefill_chunk()
+        self._prefilled_last = launch is not None and launch.program is Program.PREFILL
+        return () if launch is None else (launch,)
+
+    def _plan_prefill_chunk(self) -> Launch | None:
+        return self._plan_prefill(self.limits.max_num_batched_tokens, max_rows=1)
+
     def _plan_decode(self) -> Launch | None:
-        pages = self._grow_decoding()
+        grown, pages = self._grow_decoding()
         if not self._decoding:
             return None
         slots = tuple(_slot(request) for request in self._decoding)
-        bucket = _smallest(self.limits.decode_buckets, len(slots))
-        return Launch(Program.DECODE, bucket, slots, pages=pages)
+        return Launch(
+            program=Program.DECODE,
+            bucket=_smallest(self.limits.decode_buckets, len(slots)),
+            slots=slots,
+            pages=pages,
+            limits=tuple((_slot(r), self._limit(r)) for r in grown),
+            wants_top=any(_wants_top(r) for r in self._decoding),
+        )
 
-    def _grow_decoding(self) -> tuple[tuple[int, int, int], ...]:
+    def _limit(self, request: Request) -> int:
+        """First position that the request may not feed: its end, or that of its pages."""
+        return min(self.limits.num_fed(request.new), len(request.pages) * self.limits.page_size)
+
+    def _grow_decoding(self) -> tuple[list[Request], tuple[tuple[int, int, int], ...]]:
         """Gives each row whose next token opens a page that page; the oldest rows come first."""
-        entries = []
+        grown, entries = [], []
         for request in self._decoding.copy():
             if request.num_computed < len(request.pages) * self.limits.page_size:
                 continue
@@ -234,7 +262,8 @@ class Scheduler:
                 break  # it was the youngest left
             entries.append((_slot(request), len(request.pages), page))
             request.pages.append(page)
-        return tuple(entries)
+            grown.append(request)
+        return grown, tuple(entries)
 
     def _take_page_for(self, request: Request) -> int | None:
         """A page, if need be from the youngest admitted requests; None once that is `request`."""
@@ -246,18 +275,24 @@ class Scheduler:
         return None
 
     def _preempt_youngest(self) -> None:
-        """Sends the youngest admitted request back to wait; its tokens stay, their KV goes."""
+        """Sends the youngest admitted request back to wait; its tokens stay, their KV goes.
+
+        Deterministic, its output goes too: decoded again with the same seed it comes out the same,
+        while computed as a prompt it would differ in the last bits.
+        """
         request = (self._prefilling or self._decoding).pop()
         self._preemptions += 1
         self._preempted_tokens += request.num_computed
+        if self.limits.deterministic:
+            del request.tokens[len(request.new.prompt) :]
         self._release(request)
         self._waiting.appendleft(request)
 
-    def _plan_prefill(self, budget: int) -> Launch | None:
+    def _plan_prefill(self, budget: int, max_rows: int) -> Launch | None:
         """Chunks of the oldest prompts not computed yet, admitting waiting requests as needed."""
         continuing = len(self._prefilling)
         counts: list[int] = []
-        while budget and len(counts) < self.limits.max_prefill_rows:
+        while budget and len(counts) < max_rows:
             if len(counts) == len(self._prefilling) and not self._admit():
                 break
             request = self._prefilling[len(counts)]
@@ -298,39 +333,46 @@ class Scheduler:
             counts=counts,
             tokens=tuple(token for r, start, end in spans for token in r.tokens[start:end]),
             samples=tuple(end == len(r.tokens) for r, _, end in spans),
-            admitted=tuple(SlotParams(_slot(r), r.new.temperature, r.new.seed) for r in admitted),
+            admitted=tuple(_slot_params(r) for r in admitted),
             pages=tuple((_slot(r), i, page) for r in admitted for i, page in enumerate(r.pages)),
+            limits=tuple((_slot(r), self._limit(r)) for r in admitted),
+            wants_top=any(_wants_top(r) for r, _, end in spans if end == len(r.tokens)),
         )
 
     # Committing: what was sampled joins the tokens; what ends gives everything back.
 
-    def _commit_decode(self, launch: Launch, sampled: tuple[int, ...]) -> tuple[RequestOutput, ...]:
+    def _commit_decode(self, launch: Launch, result: StepResult) -> tuple[RequestOutput, ...]:
         outputs = []
-        for slot, token in zip(launch.slots, sampled, strict=True):
+        for row, slot in enumerate(launch.slots):
             request = self._owner(slot)
             request.num_computed += 1
-            outputs.append(self._accept(request, token))
-        return tuple(outputs)
+            outputs.append(self._accept(request, row, result))
+        return tuple(output for output in outputs if output is not None)
 
-    def _commit_prefill(
-        self, launch: Launch, sampled: tuple[int, ...]
-    ) -> tuple[RequestOutput, ...]:
+    def _commit_prefill(self, launch: Launch, result: StepResult) -> tuple[RequestOutput, ...]:
         outputs = []
-        rows = zip(launch.slots, launch.counts, launch.samples, sampled, strict=True)
-        for slot, num_tokens, samples, token in rows:
+        rows = zip(launch.slots, launch.counts, launch.samples, strict=True)
+        for row, (slot, num_tokens, samples) in enumerate(rows):
             request = self._owner(slot)
             request.num_computed += num_tokens
-            if not samples:
-                continue
-            assert self._prefilling[0] is request, f"{request.new.id!r} overtook an older prompt"
-            self._decoding.append(self._prefilling.pop(0))
-            if request.num_output == 0:
-                self._prompt_tokens += len(request.new.prompt)
-            outputs.append(self._accept(request, token))
-        return tuple(outputs)
+            if samples:
+                assert self._prefilling[0] is request, (
+                    f"{request.new.id!r} overtook an older prompt"
+                )
+                self._decoding.append(self._prefilling.pop(0))
+                if request.num_output == 0 and not request.num_sent:
+                    self._prompt_tokens += len(request.new.prompt)
+            if samples or RowFlag.NON_FINITE in result.flags[row]:
+                outputs.append(self._accept(request, row, result))
+        return tuple(output for output in outputs if output is not None)
 
-    def _accept(self, request: Request, token: int) -> RequestOutput:
-        """Appends a sampled token and ends the request if that was its last."""
+    def _accept(self, request: Request, row: int, result: StepResult) -> RequestOutput | None:
+        """Appends a row's token and ends the request if that was its last; None if sent before."""
+        token, flags = result.tokens[row], result.flags[row]
+        if RowFlag.NON_FINITE in flags:
+            self._end(request)
+            return RequestOutput(request.new.id, (), FinishReason.ERROR)
+        assert RowFlag.SAMPLED in flags, f"{request.new.id!r} sampled nothing: {flags!r}"
         request.tokens.append(token)
         self._generation_tokens += 1
         finish = None
@@ -338,9 +380,15 @@ class Scheduler:
             finish = FinishReason.STOP
         elif len(request.tokens) > self.limits.num_fed(request.new):
             finish = FinishReason.LENGTH
+        stopped = finish is FinishReason.STOP
+        assert (RowFlag.STOPPED in flags) == stopped, f"{request.new.id!r}: {token} is {flags!r}"
+        assert finish is None or RowFlag.AT_LIMIT in flags or stopped, f"{token} is {flags!r}"
         if finish is not None:
             self._end(request)
-        return RequestOutput(request.new.id, (token,), finish)
+        if request.num_output <= request.num_sent:
+            return None
+        request.num_sent = request.num_output
+        return RequestOutput(request.new.id, (token,), finish, _logprobs(request, row, result))
 
     def _end(self, request: Request) -> None:
         """Forgets an admitted request; its pages and slot are free from here on."""
@@ -367,6 +415,28 @@ class Scheduler:
 def _slot(request: Request) -> int:
     assert request.slot is not None, f"{request.new.id!r} has no slot"
     return request.slot
+
+
+def _slot_params(request: Request) -> SlotParams:
+    sampling, known = request.new.sampling, tuple(request.tokens)
+    return SlotParams(
+        slot=_slot(request),
+        sampling=sampling,
+        stop_ids=request.new.stop_ids,
+        num_prompt=len(request.new.prompt),
+        history=known if sampling.has_penalties else (),
+    )
+
+
+def _wants_top(request: Request) -> bool:
+    return bool(request.new.sampling.logprobs)
+
+
+def _logprobs(request: Request, row: int, result: StepResult) -> tuple[TokenLogprob, ...]:
+    wanted = request.new.sampling.logprobs
+    if wanted is None:
+        return ()
+    return (TokenLogprob(result.logprobs[row], result.top[row][:wanted] if wanted else ()),)
 
 
 def _smallest(buckets: tuple[int, ...], size: int) -> int:

@@ -1,107 +1,124 @@
 """Runs launches as plain JAX calls on the default device, in the order of submission."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
-from duetjax.policy.launch import Launch, Program, Ticket
-from duetjax.runtime.programs import Leaves, Programs
+from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams, StepResult, Ticket
+from duetjax.runtime.programs import (
+    DeviceState,
+    Key,
+    Leaves,
+    Programs,
+    ResultBlock,
+    RowKind,
+    Upkeep,
+)
+from duetjax.runtime.slot_state import HostTables
 
-
-class SlotState:
-    """What a slot's next launch needs; one writer, the executor.
-
-    token, position: the last sampled token, whose KV is not written yet, and where it stands.
-    """
-
-    def __init__(self, num_slots: int, table_width: int) -> None:
-        self.token = np.zeros(num_slots, np.int32)
-        self.position = np.zeros(num_slots, np.int32)
-        self.temperature = np.zeros(num_slots, np.float32)
-        self.seed = np.zeros((num_slots, 2), np.uint32)
-        self.page_table = np.zeros((num_slots, table_width), np.int32)
-
-    def apply(self, launch: Launch) -> None:
-        """Takes over the launch's deltas."""
-        for new in launch.admitted:
-            self.temperature[new.slot] = new.temperature
-            self.seed[new.slot] = (new.seed >> 32) & 0xFFFFFFFF, new.seed & 0xFFFFFFFF
-            self.page_table[new.slot] = 0
-        for slot, index, page in launch.pages:
-            self.page_table[slot, index] = page
+type Executables = Mapping[Key | Upkeep, Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     launch: Launch
-    sampled: jax.Array
+    blocks: list[ResultBlock]
 
 
 class JaxExecutor:
     """Implements `policy.launch.Executor` on one JAX device.
 
-    A slot has at most one launch in flight: its token returns to the host between two steps.
+    Nothing here waits for the device but `result`: slot state stays there, and a launch's k steps
+    are k calls that feed each other.
     """
 
-    def __init__(self, programs: Programs, weights: Leaves, num_slots: int) -> None:
-        self._programs = programs
+    def __init__(self, programs: Programs, executables: Executables, weights: Leaves) -> None:
+        self._executables = executables
         self._weights = weights
-        self._kv = programs.layout.allocate()
-        self._slots = SlotState(num_slots, programs.buckets.table_width)
+        self._state: DeviceState = executables[Upkeep.ALLOCATE]()
+        self._tables = HostTables(programs.slots)
+        self._dummy_slot = programs.slots.num_slots
+        self._prefill_rows = programs.buckets.prefill_rows
         self._in_flight: dict[Ticket, _InFlight] = {}
         self._next_ticket = 0
 
     def submit(self, launch: Launch) -> Ticket:
         """Dispatches a launch; returns before the device has finished."""
-        self._slots.apply(launch)
+        self._tables.apply(launch)
+        for new in launch.admitted:
+            if new.history:
+                self._set_counts(new)
+        executable = self._executables[launch.program, launch.bucket]
         decode = launch.program is Program.DECODE
         inputs = self._decode_inputs(launch) if decode else self._prefill_inputs(launch)
-        key = (launch.program, launch.bucket)
-        self._kv, sampled = self._programs(key, self._weights, self._kv, *inputs)
+        tables = self._tables.tables()
+        blocks = []
+        for _ in range(launch.k):
+            self._state, block = executable(self._weights, *self._state, tables, *inputs)
+            blocks.append(block)
         ticket = self._next_ticket
         self._next_ticket += 1
-        self._in_flight[ticket] = _InFlight(launch, sampled)
+        self._in_flight[ticket] = _InFlight(launch, blocks)
         return ticket
 
-    def result(self, ticket: Ticket) -> tuple[int, ...]:
-        """Waits for the launch and moves its slots on; see `policy.launch.Executor`."""
-        done = self._in_flight.pop(ticket)
-        launch, rows = done.launch, len(done.launch.slots)
-        sampled = np.asarray(done.sampled)[:rows]
-        slots = np.array(launch.slots)
-        if launch.program is Program.DECODE:
-            self._slots.token[slots] = sampled
-            self._slots.position[slots] += 1
-        else:
-            ended = np.array(launch.samples)
-            self._slots.token[slots[ended]] = sampled[ended]
-            ends = np.array(launch.starts) + np.array(launch.counts)
-            self._slots.position[slots[ended]] = ends[ended]
-        return tuple(sampled.tolist())
+    def result(self, ticket: Ticket, step: int = 0) -> StepResult:
+        """Waits for a step; see `policy.launch.Executor`."""
+        launch, blocks = self._in_flight[ticket].launch, self._in_flight[ticket].blocks
+        if step == launch.k - 1:
+            del self._in_flight[ticket]
+        num_rows = len(launch.slots)
+        rows = np.asarray(blocks[step].rows)[:num_rows]
+        top = np.asarray(blocks[step].top)[:num_rows] if launch.wants_top else None
+        return StepResult(
+            tokens=tuple(rows[:, 0].tolist()),
+            flags=tuple(RowFlag(flags) for flags in rows[:, 1].tolist()),
+            logprobs=tuple(_floats(rows[:, 2]).tolist()),
+            top=() if top is None else tuple(_pairs(row) for row in top),
+        )
+
+    def _set_counts(self, new: SlotParams) -> None:
+        counts = self._executables[Upkeep.SET_COUNTS](
+            self._state.counts, np.int32(new.slot), self._tables.counts(new)
+        )
+        self._state = self._state._replace(counts=counts)
 
     def _decode_inputs(self, launch: Launch) -> tuple[np.ndarray, ...]:
-        state, slots = self._slots, np.array(launch.slots)
-        tokens = _padded(state.token[slots], launch.bucket)
-        positions = _padded(state.position[slots], launch.bucket)
-        return (tokens, positions, *self._row_inputs(slots, launch.bucket))
+        return (_padded(launch.slots, launch.bucket, self._dummy_slot),)
 
     def _prefill_inputs(self, launch: Launch) -> tuple[np.ndarray, ...]:
-        rows = self._programs.buckets.prefill_rows
-        tokens = _padded(np.array(launch.tokens, np.int32), launch.bucket)
-        offsets = np.full(rows + 1, len(launch.tokens), np.int32)
-        offsets[: len(launch.counts) + 1] = np.cumsum((0, *launch.counts))
-        starts = _padded(np.array(launch.starts, np.int32), rows)
-        return (tokens, offsets, starts, *self._row_inputs(np.array(launch.slots), rows))
+        rows = self._prefill_rows
+        tokens = np.zeros(launch.bucket, np.int32)
+        offsets, fed = [0], 0
+        for count in launch.counts:
+            tokens[offsets[-1] : offsets[-1] + count] = launch.tokens[fed : fed + count]
+            fed += count
+            offsets.append(offsets[-1] + max(count, 1))
+        kinds = [
+            RowKind.DECODING if count == 0 else RowKind.LAST_CHUNK if samples else RowKind.CHUNK
+            for count, samples in zip(launch.counts, launch.samples, strict=True)
+        ]
+        return (
+            tokens,
+            _padded(offsets, rows + 1, offsets[-1]),
+            _padded(launch.starts, rows, 0),
+            _padded(launch.slots, rows, self._dummy_slot),
+            _padded(kinds, rows, RowKind.CHUNK),
+        )
 
-    def _row_inputs(self, slots: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
-        state = self._slots
-        columns = (state.page_table, state.temperature, state.seed)
-        return tuple(_padded(column[slots], rows) for column in columns)
 
-
-def _padded(values: np.ndarray, rows: int) -> np.ndarray:
-    """Zero rows appended: token 0 at position 0 of the dummy page, greedy."""
-    out = np.zeros((rows, *values.shape[1:]), values.dtype)
+def _padded(values: tuple[int, ...] | list[Any], size: int, filler: int) -> np.ndarray:
+    out = np.full(size, filler, np.int32)
     out[: len(values)] = values
     return out
+
+
+def _floats(bits: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(bits).view(np.float32)
+
+
+def _pairs(top: np.ndarray) -> tuple[tuple[int, float], ...]:
+    """Ids and logprobs of one row's most likely tokens, [N, 2] int32."""
+    return tuple(zip(top[:, 0].tolist(), _floats(top[:, 1]).tolist(), strict=True))

@@ -1,11 +1,16 @@
-"""How many KV pages fit, and the longest context that leaves."""
+"""How many KV pages fit beside weights and temporaries, and the longest context that leaves."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.model.kv_pages import KVLayout
 
-_PAGE_STEP = 256  # pools are rounded down, so that a little more memory is not a new program
+PAGE_STEP = 256
+"""Pools are rounded down to a multiple, so that a little more memory is not a new program."""
+
+_HOST_KV_BYTES = 512 * 2**20  # the pool where host memory serves and nothing else was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +26,59 @@ class MemoryPlan:
         return -(-self.max_model_len // self.layout.page_size)
 
 
-def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str) -> MemoryPlan:
-    """Sizes the KV pool: all that max_num_seqs full contexts need, as far as the memory allows.
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of the device: all there is, and what is taken by others than the KV pool.
+
+    temporaries: of the largest decode and the largest prefill program together, as the two lanes
+    run at once; by a compile, they do not depend on the page count. slots: tables and counts.
+    """
+
+    total: int
+    weights: int
+    slots: int
+    temporaries: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes taken before the first page."""
+        return self.weights + self.slots + self.temporaries
+
+
+def kv_bytes(engine: EngineConfig, memory: DeviceMemory, *, on_host: bool) -> int:
+    """Bytes for the KV pool: those asked for, or a share of the device's memory.
+
+    Raises `ConfigError` naming the flag if they do not fit beside the rest.
+    """
+    share = int(engine.gpu_memory_utilization * memory.total)
+    asked = engine.kv_cache_memory_bytes
+    if asked is None:
+        asked = _HOST_KV_BYTES if on_host else share - memory.fixed
+    room = memory.total - memory.fixed
+    if room <= 0 or asked <= 0:
+        raise ConfigError(
+            f"no memory is left for KV pages: weights take {_gb(memory.weights)}, slot state"
+            f" {_gb(memory.slots)} and temporaries {_gb(memory.temporaries)} of"
+            f" {_gb(memory.total)}; lower --max-num-batched-tokens or --max-num-seqs, raise"
+            " --gpu-memory-utilization, or choose a smaller model or --dtype bfloat16"
+        )
+    if asked > room:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {asked} does not fit: {_gb(memory.total)} of memory less"
+            f" weights, slot state and temporaries leave {room} bytes"
+        )
+    return asked
+
+
+def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str, pool: int) -> MemoryPlan:
+    """Sizes the KV pool: all that max_num_seqs full contexts need, as far as `pool` bytes allow.
 
     Where max_model_len is left open it is the model's (its sliding window, if it has one), or less
     if one such context does not fit.
     Raises `ConfigError` naming the flag when what was asked for does not fit.
     """
     page_bytes = KVLayout.of(model, 1, engine.page_size, dtype).page_bytes
-    fit = engine.kv_cache_memory_bytes // page_bytes
+    fit = pool // page_bytes
     room = (fit - 1) * engine.page_size  # page 0 is the dummy
     longest = min(
         model.max_position_embeddings, model.sliding_window or model.max_position_embeddings
@@ -38,14 +87,27 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str) -> MemoryP
     if wanted > room:
         need = (-(-wanted // engine.page_size) + 1) * page_bytes
         raise ConfigError(
-            f"one context of {wanted} tokens needs {need} bytes of KV pages, but"
-            f" --kv-cache-memory-bytes is {engine.kv_cache_memory_bytes}; raise it or lower"
-            " --max-model-len"
+            f"one context of {wanted} tokens needs {need} bytes of KV pages, but there are {pool};"
+            " raise --kv-cache-memory-bytes or lower --max-model-len"
         )
     context_pages = -(-wanted // engine.page_size)
-    rounded = fit // _PAGE_STEP * _PAGE_STEP
+    rounded = fit // PAGE_STEP * PAGE_STEP
     if rounded > context_pages:
         fit = rounded
     pages = min(fit, engine.max_num_seqs * context_pages + 1)
     layout = KVLayout.of(model, pages, engine.page_size, dtype)
     return MemoryPlan(layout, wanted)
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's if less."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdecimal() else memory
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,31 +1,76 @@
-"""The serving programs, lowered and compiled ahead of time over buckets.
+"""The serving programs: what one launch computes, lowered over buckets for one target.
 
-Both take flat leaves (weights, KV arrays, then small arrays that the host owns) and return the KV
-arrays, updated in place, and one sampled token per row. Rows and tokens that only pad a bucket
-write to the dummy page.
+Both programs take flat leaves (weights, KV arrays, token counts, slot state, then what the launch
+brings) and return KV arrays and counts, updated in place, the slots' new progress and the result
+block. On a GPU they end in the marker, which passes every output through. Rows and tokens that only
+pad a bucket, and rows that have stopped, write to the dummy page alone.
 
-    decode   B rows, one token each             -> the next token of every row
-    prefill  T packed tokens of at most R rows  -> the token after each row's last one
+    decode   B rows, one token each                                    -> the next token of each
+    prefill  T packed tokens of R rows: prompt chunks, decoding rows   -> the token after each row
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from duetjax.config import ModelConfig
 from duetjax.model.decoder import Definition
-from duetjax.model.kv_pages import DUMMY_PAGE, KVLayout, PagedKV
-from duetjax.model.sampling import sample
-from duetjax.policy.launch import Program
+from duetjax.model.kv_pages import DUMMY_PAGE, Kernels, KVLayout, PagedKV
+from duetjax.model.sampling import RowParams, sample
+from duetjax.policy.launch import Program, RowFlag
+from duetjax.runtime.placeholders import mark
+from duetjax.runtime.slot_state import (
+    PARAMS,
+    PROGRESS_WORDS,
+    SlotShapes,
+    SlotTables,
+    counted,
+    unpack,
+)
+from duetjax.runtime.target import Target
 
 type Leaves = Sequence[jax.Array]
 type Key = tuple[Program, int]
+
+
+class RowKind(IntEnum):
+    """What a row of a prefill program is: part of a prompt, its last part, or a decoding row."""
+
+    CHUNK = 0
+    LAST_CHUNK = 1
+    DECODING = 2
+
+
+class Upkeep(StrEnum):
+    """Small programs beside the serving ones: fresh KV and slot state; one slot's token counts."""
+
+    ALLOCATE = "allocate"
+    SET_COUNTS = "set_counts"
+
+
+class DeviceState(NamedTuple):
+    """What programs read and write: KV arrays, counts [rows, V] int16, progress [rows, 4] int32."""
+
+    kv: list[jax.Array]
+    counts: jax.Array
+    progress: jax.Array
+
+
+class ResultBlock(NamedTuple):
+    """One step's outcome on the device.
+
+    rows [B or R, 3] int32: token id, `RowFlag` bits, the bits of the float32 logprob. top
+    [B or R, 20, 2] int32: id, the bits of its logprob.
+    """
+
+    rows: jax.Array
+    top: jax.Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +79,11 @@ class Buckets:
 
     decode: row counts B, ascending, from 2 (B = 1 compiles to more kernels, not fewer).
     prefill: packed token counts T, ascending. prefill_rows: R of every prefill program.
-    table_width: page-table entries M per row.
     """
 
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
     prefill_rows: int
-    table_width: int
 
     def __len__(self) -> int:
         return len(self.decode) + len(self.prefill)
@@ -50,108 +93,261 @@ class Buckets:
         yield from ((Program.PREFILL, size) for size in self.prefill)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The slots of a program's rows. active [B]: decoding and neither stopped nor at the limit."""
+
+    slot: jax.Array
+    token: jax.Array
+    position: jax.Array
+    active: jax.Array
+    params: RowParams
+    limit: jax.Array
+    page_table: jax.Array
+
+
+class _Ends(NamedTuple):
+    """Where rows [R] end: the position of the token to sample, and which rows sample it.
+
+    computed: rows whose logits mean something; decoding rows all sample, most chunks do not.
+    """
+
+    position: jax.Array
+    sampling: jax.Array
+    computed: jax.Array
+
+
 class Programs:
-    """Lowers and compiles every bucket of one model; calls go to the compiled executables."""
+    """Lowers every program of one model, for one KV layout and one set of buckets."""
 
     def __init__(
-        self, config: ModelConfig, dtype: DTypeLike, layout: KVLayout, buckets: Buckets
+        self,
+        config: ModelConfig,
+        layout: KVLayout,
+        slots: SlotShapes,
+        buckets: Buckets,
+        target: Target,
+        kernels: Kernels,
     ) -> None:
-        self.definition = Definition(config, dtype)
-        self.dtype = dtype
+        self.definition = Definition(config, layout.dtype)
         self.layout = layout
+        self.slots = slots
         self.buckets = buckets
+        self.target = target
         self._config = config
-        self._compiled: dict[Key, Callable[..., tuple[list[jax.Array], jax.Array]]] = {}
+        self._kernels = kernels
 
-    def compile(self) -> Iterator[Key]:
-        """Compiles every bucket ahead of its first use, yielding each as it is ready.
-
-        Takes seconds each. XLA compiles without the GIL, so several are compiled at once.
-        """
-        lowered = [(key, self.lower(key)) for key in self.buckets]
-        with ThreadPoolExecutor(min(len(lowered), os.cpu_count() or 1)) as pool:
-            for key, executable in pool.map(lambda item: (item[0], item[1].compile()), lowered):
-                self._compiled[key] = executable
-                yield key
+    def lowered(self) -> Iterator[tuple[Key | Upkeep, Callable[[], jax.stages.Lowered]]]:
+        """Every program's key and how to lower it, the small ones first."""
+        yield Upkeep.ALLOCATE, self._lower_allocate
+        yield Upkeep.SET_COUNTS, self._lower_set_counts
+        for key in self.buckets:
+            yield key, lambda key=key: self.lower(key)  # type: ignore[misc]
 
     def lower(self, key: Key) -> jax.stages.Lowered:
-        """The program's traced form for abstract arguments; KV arrays are donated."""
+        """A serving program traced for abstract arguments; KV arrays and counts are donated."""
         program, size = key
         body = self._decode if program is Program.DECODE else self._prefill
         weights = [
-            jax.ShapeDtypeStruct(shape, self.dtype) for shape in self.definition.shapes.values()
+            self._abstract(shape, self.layout.dtype)
+            for shape in self.definition.fusion.leaves.values()
         ]
-        inputs = self._inputs(program, size)
-        jitted = jax.jit(body, donate_argnums=1, keep_unused=True)
-        return jitted.lower(weights, self.layout.abstract(), *inputs)
-
-    def __call__(
-        self, key: Key, weights: Leaves, kv: Leaves, *inputs: np.ndarray
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """Runs a compiled program; `kv` is consumed. Returns the KV arrays and tokens [B or R]."""
-        return self._compiled[key](weights, kv, *inputs)
+        tables = SlotTables(
+            params=self._abstract((self.slots.rows, PARAMS.itemsize // 4), jnp.int32),
+            page_table=self._abstract((self.slots.rows, self.slots.table_width), jnp.int32),
+            prompt_mask=self._abstract((self.slots.rows, self.slots.mask_words), jnp.uint32),
+            allowed=self._abstract((self.slots.rows, self.slots.mask_words), jnp.uint32),
+        )
+        state = self._abstract_state()
+        arguments = (weights, state.kv, state.counts, state.progress, tables)
+        return self._lower(body, (1, 2), *arguments, *self._inputs(program, size))
 
     def _inputs(self, program: Program, size: int) -> list[jax.ShapeDtypeStruct]:
-        rows = size if program is Program.DECODE else self.buckets.prefill_rows
-        row_inputs = [
-            jax.ShapeDtypeStruct((rows, self.buckets.table_width), jnp.int32),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
-            jax.ShapeDtypeStruct((rows, 2), jnp.uint32),
-        ]
-        tokens = jax.ShapeDtypeStruct((size,), jnp.int32)
         if program is Program.DECODE:
-            return [tokens, tokens, *row_inputs]
-        starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        offsets = jax.ShapeDtypeStruct((rows + 1,), jnp.int32)
-        return [tokens, offsets, starts, *row_inputs]
+            return [self._abstract((size,), jnp.int32)]
+        rows = self.buckets.prefill_rows
+        shapes = [(size,), (rows + 1,), (rows,), (rows,), (rows,)]
+        return [self._abstract(shape, jnp.int32) for shape in shapes]
 
     def _decode(
         self,
         weights: Leaves,
         kv: Leaves,
-        tokens: jax.Array,
-        positions: jax.Array,
-        page_table: jax.Array,
-        temperature: jax.Array,
-        seed: jax.Array,
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """tokens, positions [B] are fed; a padding row has an empty (dummy) page table."""
+        counts: jax.Array,
+        progress: jax.Array,
+        tables: SlotTables,
+        row_slot: jax.Array,
+    ) -> tuple[DeviceState, ResultBlock]:
+        """row_slot [B]: padding rows name the dummy slot."""
         decoder = self.definition.bind(weights)
-        page, slot = self._place(page_table, positions)
-        cache = PagedKV(kv, self._config, page, slot)
-        hidden = decoder(tokens, positions, cache.decode(page_table, positions + 1))
-        sampled = sample(decoder.logits(hidden), temperature, seed, positions + 1)
-        return cache.arrays, sampled
+        rows = self._rows(progress, tables, row_slot)
+        page, offset = self.layout.place(rows.page_table, rows.position)
+        cache = self._cache(kv, jnp.where(rows.active, page, DUMMY_PAGE), offset)
+        attend = cache.decode(rows.page_table, rows.position + 1)
+        hidden = decoder(rows.token, rows.position, attend)
+        counts = self._count(counts, rows)
+        state = DeviceState(cache.arrays, counts, progress)
+        logits = decoder.logits(hidden)
+        return self._finish(
+            state, tables, rows, logits, _Ends(rows.position + 1, rows.active, rows.active)
+        )
 
     def _prefill(
         self,
         weights: Leaves,
         kv: Leaves,
+        counts: jax.Array,
+        progress: jax.Array,
+        tables: SlotTables,
         tokens: jax.Array,
         row_offsets: jax.Array,
         starts: jax.Array,
-        page_table: jax.Array,
-        temperature: jax.Array,
-        seed: jax.Array,
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """tokens [T]: row r is tokens[row_offsets[r]:row_offsets[r + 1]], from starts[r] on."""
-        decoder = self.definition.bind(weights)
-        token = jnp.arange(tokens.shape[0])
-        row = jnp.searchsorted(row_offsets[1:], token, side="right")
-        used = token < row_offsets[-1]
-        row = jnp.where(used, row, 0)
-        positions = jnp.where(used, starts[row] + token - row_offsets[row], 0)
-        page, slot = self._place(page_table[row], positions)
-        cache = PagedKV(kv, self._config, jnp.where(used, page, DUMMY_PAGE), slot)
-        hidden = decoder(tokens, positions, cache.prefill(page_table, row_offsets, starts))
-        last = jnp.maximum(row_offsets[1:] - 1, 0)
-        ends = starts + row_offsets[1:] - row_offsets[:-1]
-        sampled = sample(decoder.logits(hidden[last]), temperature, seed, ends)
-        return cache.arrays, sampled
+        row_slot: jax.Array,
+        row_kind: jax.Array,
+    ) -> tuple[DeviceState, ResultBlock]:
+        """tokens [T]: row r is tokens[row_offsets[r]:row_offsets[r + 1]], from starts[r] on.
 
-    def _place(self, page_table: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Page and slot in page of one position per table row."""
-        size = self.layout.page_size
-        index = positions >> (size.bit_length() - 1)
-        page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
-        return page, positions & (size - 1)
+        row_kind [R]: of a decoding row token and position are its slot's, not those given.
+        """
+        decoder = self.definition.bind(weights)
+        rows = self._rows(progress, tables, row_slot)
+        decoding = row_kind == RowKind.DECODING
+        rows = _replace(rows, active=rows.active & decoding)
+        starts = jnp.where(decoding, rows.position, starts)
+        token = jnp.arange(tokens.shape[0])
+        row = jnp.searchsorted(row_offsets[1:], token, side="right", method="compare_all")
+        row = jnp.minimum(row, row_slot.shape[0] - 1)
+        tokens = jnp.where(decoding[row], rows.token[row], tokens)
+        used = (token < row_offsets[-1]) & (rows.active | ~decoding)[row]
+        positions = jnp.where(used, starts[row] + token - row_offsets[row], 0)
+        page, offset = self.layout.place(rows.page_table[row], positions)
+        cache = self._cache(kv, jnp.where(used, page, DUMMY_PAGE), offset)
+        attend = cache.prefill(rows.page_table, row_offsets, starts)
+        hidden = decoder(tokens, positions, attend)
+        counts = self._count(counts, rows)
+        state = DeviceState(cache.arrays, counts, progress)
+        logits = decoder.logits(hidden[jnp.maximum(row_offsets[1:] - 1, 0)])
+        logits = _spoiled(logits, hidden, row, used)
+        ends = starts + row_offsets[1:] - row_offsets[:-1]
+        sampling = rows.active | (row_kind == RowKind.LAST_CHUNK)
+        computed = rows.active | (~decoding & (row_slot < self.slots.num_slots))
+        return self._finish(state, tables, rows, logits, _Ends(ends, sampling & computed, computed))
+
+    def _rows(self, progress: jax.Array, tables: SlotTables, slot: jax.Array) -> _Rows:
+        token, position, stopped, _ = jnp.unstack(progress[slot], axis=1)
+        params, limit = unpack(tables.params[slot])
+        active = (slot < self.slots.num_slots) & (stopped == 0) & (position < limit)
+        position = jnp.where(active, position, 0)
+        return _Rows(slot, token, position, active, params, limit, tables.page_table[slot])
+
+    def _cache(self, kv: Leaves, page: jax.Array, offset: jax.Array) -> PagedKV:
+        return PagedKV(kv, self._config, self._kernels, (page, offset))
+
+    def _count(self, counts: jax.Array, rows: _Rows) -> jax.Array:
+        """Counts the tokens that decoding rows feed: every output token is fed once but the last.
+
+        Counting at the feed leaves the decode lane the only writer of counts.
+        """
+        dummy = self.slots.num_slots
+        return counted(
+            counts, jnp.where(rows.active, rows.slot, dummy), jnp.where(rows.active, rows.token, 0)
+        )
+
+    def _finish(
+        self,
+        state: DeviceState,
+        tables: SlotTables,
+        rows: _Rows,
+        logits: jax.Array,
+        ends: _Ends,
+    ) -> tuple[DeviceState, ResultBlock]:
+        """Samples the token after each row and moves the sampling rows on."""
+        slot, position = rows.slot, ends.position
+        drawn = sample(
+            logits,
+            rows.params,
+            state.counts[slot],
+            tables.prompt_mask[slot],
+            tables.allowed[slot],
+            position,
+        )
+        ended = (drawn.token[:, None] == rows.params.stop_ids).any(1)
+        valid = ends.sampling & drawn.is_finite
+        flags = (
+            jnp.where(valid, RowFlag.SAMPLED, 0)
+            | jnp.where(valid & ended, RowFlag.STOPPED, 0)
+            | jnp.where(valid & (position >= rows.limit), RowFlag.AT_LIMIT, 0)
+            | jnp.where(ends.computed & ~drawn.is_finite, RowFlag.NON_FINITE, 0)
+        )
+        stopped = ended | ~drawn.is_finite
+        columns = [drawn.token, position, stopped.astype(jnp.int32), jnp.zeros_like(position)]
+        progress = _put(state.progress, slot, jnp.stack(columns, 1), ends.sampling)
+        block = ResultBlock(
+            jnp.stack([drawn.token, flags, _bits(drawn.logprob)], 1),
+            jnp.stack([drawn.top_ids, _bits(drawn.top_logprobs)], 2),
+        )
+        new = DeviceState(state.kv, state.counts, progress)
+        outputs, tree = jax.tree.flatten((new, block))
+        marked: tuple[DeviceState, ResultBlock] = jax.tree.unflatten(tree, self._mark(outputs))
+        return marked
+
+    def _mark(self, outputs: list[jax.Array]) -> list[jax.Array]:
+        return mark(outputs) if self.target.has_marker else outputs
+
+    def _lower_allocate(self) -> jax.stages.Lowered:
+        state = self._abstract_state()
+        return self._lower(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state), ()
+        )
+
+    def _lower_set_counts(self) -> jax.stages.Lowered:
+        counts = self._abstract_state().counts
+        slot, row = self._abstract((), jnp.int32), self._abstract(counts.shape[1:], counts.dtype)
+        return self._lower(lambda counts, slot, row: counts.at[slot].set(row), 0, counts, slot, row)
+
+    def _lower(
+        self, body: Callable[..., object], donated: int | tuple[int, ...], *arguments: object
+    ) -> jax.stages.Lowered:
+        with self.target.context():
+            jitted = jax.jit(body, donate_argnums=donated, keep_unused=True)
+            return jitted.lower(*arguments)
+
+    def _abstract_state(self) -> DeviceState:
+        rows = self.slots.rows
+        return DeviceState(
+            kv=[self._abstract(self.layout.shape, self.layout.dtype)] * self.layout.num_arrays,
+            counts=self._abstract((rows, self.slots.vocab_size), jnp.int16),
+            progress=self._abstract((rows, PROGRESS_WORDS), jnp.int32),
+        )
+
+    def _abstract(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return self.target.abstract(shape, dtype)
+
+
+def _replace(rows: _Rows, *, active: jax.Array) -> _Rows:
+    """Only some rows decode; the others' position is not the slot's."""
+    position = jnp.where(active, rows.position, 0)
+    return _Rows(rows.slot, rows.token, position, active, rows.params, rows.limit, rows.page_table)
+
+
+def _spoiled(logits: jax.Array, hidden: jax.Array, row: jax.Array, used: jax.Array) -> jax.Array:
+    """Makes the logits [R, V] of a row NaN if any of its tokens [T] came out non-finite.
+
+    Its keys and values were written as zeros, so later tokens may look healthy.
+    """
+    bad = used & ~jnp.isfinite(hidden).all(-1)
+    spoiled = ((row == jnp.arange(logits.shape[0])[:, None]) & bad).any(1)
+    return jnp.where(spoiled[:, None], jnp.nan, logits)
+
+
+def _put(table: jax.Array, slot: jax.Array, rows: jax.Array, where: jax.Array) -> jax.Array:
+    """table[slot] = rows where `where` holds; slots there are distinct.
+
+    By comparison, not by scatter: a scatter into an array that is not donated begins with a copy.
+    """
+    hit = (slot == jnp.arange(table.shape[0])[:, None]) & where
+    return jnp.where(hit.any(1)[:, None], (hit[:, :, None] * rows).sum(1), table)
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(values, jnp.int32)

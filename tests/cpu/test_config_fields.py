@@ -91,15 +91,16 @@ def fields(config: ModelConfig) -> dict[str, Any]:
 def logits(hf: Mapping[str, Any]) -> np.ndarray:
     """Logits [N, V] of one prompt; tensors of the same name and shape have the same weights."""
     definition = Definition(ModelConfig.from_hf(hf), jnp.float32)
-    weights = {name: jnp.asarray(value) for name, value in tiny.weights(hf)}
-    assert {name: value.shape for name, value in weights.items()} == definition.shapes
+    weights = dict(tiny.weights(hf))
+    assert {name: value.shape for name, value in weights.items()} == definition.fusion.shapes
+    leaves = dict(definition.fusion.fuse(weights.items()))
     tokens = jnp.asarray(tiny.prompt("qwen3", 64))
 
     def run(leaves: list[jax.Array]) -> jax.Array:
         decoder = definition.bind(leaves)
         return decoder.logits(decoder(tokens, jnp.arange(len(tokens)), causal_attention))
 
-    return np.asarray(jax.jit(run)(definition.ordered(weights)))
+    return np.asarray(jax.jit(run)(definition.ordered(leaves)))
 
 
 @cache

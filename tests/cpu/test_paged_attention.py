@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pallas_kernels
+from pallas_kernels import xla
 
 K, D, S, M, P = 2, 16, 16, 20, 80
 T, R = 448, 6  # one compiled shape for every example
 
-decode_attention = jax.jit(pallas_kernels.decode_attention)
-prefill_attention = jax.jit(pallas_kernels.prefill_attention)
-write_kv = jax.jit(pallas_kernels.write_kv)
+decode_attention = jax.jit(xla.decode_attention)
+prefill_attention = jax.jit(xla.prefill_attention)
+write_kv = jax.jit(xla.write_kv)
 
 
 @dataclass(frozen=True)

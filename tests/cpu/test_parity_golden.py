@@ -30,8 +30,8 @@ def golden(name):
 def dense_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     """Logits [N, V] of tokens [N] by the decoder in a model folder."""
     definition = Definition(resolve_model(str(folder)).config, dtype)
-    weights = read_weights(folder, definition.shapes, np.dtype(jnp.dtype(dtype)))
-    arrays = {name: jnp.asarray(value) for name, value in weights}
+    weights = read_weights(folder, definition.fusion.shapes, np.dtype(jnp.dtype(dtype)))
+    arrays = {name: jnp.asarray(value) for name, value in definition.fusion.fuse(weights)}
     return np.asarray(jax.jit(_logits, static_argnums=0)(definition, arrays, tokens))
 
 

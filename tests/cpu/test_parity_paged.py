@@ -13,10 +13,11 @@ from golden import tiny
 from duetjax.build import build_engine
 from duetjax.checkpoint.huggingface import read_weights
 from duetjax.checkpoint.source import resolve_model
-from duetjax.config import EngineConfig, ModelConfig
+from duetjax.config import EngineConfig, ModelConfig, SamplingParams
 from duetjax.model.decoder import Definition
 from duetjax.model.kv_pages import KVLayout, PagedKV
 from duetjax.policy.request import NewRequest
+from pallas_kernels import xla
 
 GOLDEN = Path(tiny.__file__).parent
 PAGE = 16
@@ -39,10 +40,12 @@ def paged_logits(folder: Path, tokens: np.ndarray, dtype: str, chunks: list[int]
     """Logits [N, V] of tokens fed in chunks through pages in shuffled order."""
     config = resolve_model(str(folder)).config
     definition = Definition(config, dtype)
-    weights = dict(read_weights(folder, definition.shapes, np.dtype(jnp.dtype(dtype))))
-    leaves = definition.ordered({k: jnp.asarray(v) for k, v in weights.items()})
+    weights = read_weights(folder, definition.fusion.shapes, np.dtype(jnp.dtype(dtype)))
+    fused = definition.fusion.fuse(weights)
+    leaves = definition.ordered({k: jnp.asarray(v) for k, v in fused})
     num_pages = -(-len(tokens) // PAGE)
-    kv = KVLayout.of(config, num_pages + 1, PAGE, dtype).allocate()
+    layout = KVLayout.of(config, num_pages + 1, PAGE, dtype)
+    kv = [jnp.zeros(layout.shape, dtype) for _ in range(layout.num_arrays)]
     table = np.random.default_rng(0).permutation(np.arange(1, num_pages + 1))[None]
     step = jax.jit(_chunk, static_argnums=(0, 1))
     rows, start = [], 0
@@ -62,7 +65,8 @@ def _chunk(definition: Definition, config: ModelConfig, leaves, kv, tokens, span
     index = jnp.arange(tokens.shape[0])
     used = index < count
     positions = jnp.where(used, start + index, 0)
-    cache = PagedKV(kv, config, jnp.where(used, table[0, positions // PAGE], 0), positions % PAGE)
+    page = jnp.where(used, table[0, positions // PAGE], 0)
+    cache = PagedKV(kv, config, xla, (page, positions % PAGE))
     attend = cache.prefill(table, jnp.stack([0, count]), start[None])
     decoder = definition.bind(leaves)
     return cache.arrays, decoder.logits(decoder(tokens, positions, attend))
@@ -95,7 +99,7 @@ def generate(folder: Path, prompts: list[np.ndarray], engine: EngineConfig):
     client.start(outputs.put)
     for index, prompt in enumerate(prompts):
         ids = tuple(prompt.tolist())
-        client.submit(NewRequest(str(index), ids, max_tokens=OUTPUT, temperature=0.0, seed=0))
+        client.submit(NewRequest(str(index), ids, OUTPUT, SamplingParams(temperature=0, seed=0)))
     tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
     running = len(prompts)
     while running:

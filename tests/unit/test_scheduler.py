@@ -12,9 +12,9 @@ from fake_executor import FakeExecutor, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duetjax.config import InvalidRequest
-from duetjax.policy.launch import Launch, Program, SlotParams
-from duetjax.policy.request import FinishReason, NewRequest, RequestOutput
+from duetjax.config import InvalidRequest, SamplingParams
+from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams, StepResult
+from duetjax.policy.request import FinishReason, NewRequest, RequestOutput, TokenLogprob
 from duetjax.policy.scheduler import Scheduler, SchedulerLimits
 
 
@@ -32,18 +32,22 @@ def limits(**changes):
     return SchedulerLimits(**{**defaults, **changes})
 
 
-def request(request_id, prompt_len, max_tokens=4, **changes):
+def request(request_id, prompt_len, max_tokens=4, *, stop_ids=(), **sampling):
     """Prompts of different ids differ: token ids go up from the id's hundred."""
     first = 100 * (1 + sum(map(ord, request_id)) % 50)
     prompt = tuple(range(first, first + prompt_len))
-    fields = {"id": request_id, "prompt": prompt, "max_tokens": max_tokens}
-    return NewRequest(**{"temperature": 0.0, "seed": 0, **fields, **changes})
+    params = SamplingParams(**{"temperature": 0.0, "seed": 0, **sampling})
+    return NewRequest(request_id, prompt, max_tokens, params, stop_ids)
+
+
+def sampled(token):
+    return StepResult((token,), (RowFlag.SAMPLED,), (0.0,))
 
 
 def answer(new, max_model_len):
     """What a request must generate, however it is scheduled."""
     length = min(new.max_tokens, max_model_len - len(new.prompt))
-    tokens = expected(new.prompt, length, new.temperature, new.seed)
+    tokens = expected(new.prompt, length, new.sampling.temperature, new.sampling.seed)
     for i, token in enumerate(tokens):
         if token in new.stop_ids:
             return tokens[: i + 1], FinishReason.STOP
@@ -87,8 +91,8 @@ class Run:
         tickets = [self.executor.submit(launch) for launch in launches]
         seen, decoded = [], set()
         for launch, ticket in zip(launches, tickets, strict=True):
-            sampled = self.executor.result(ticket)
-            outputs = self.scheduler.commit(launch, sampled, self.steps + 0.5)
+            result = self.executor.result(ticket)
+            outputs = self.scheduler.commit(launch, result, self.steps + 0.5)
             self.scheduler.check_integrity()
             if launch.program is Program.DECODE:
                 decoded = {output.id for output in outputs}
@@ -173,8 +177,9 @@ def test_a_first_launch_carries_parameters_and_all_pages():
         counts=(6,),
         tokens=request("a", 6).prompt,
         samples=(True,),
-        admitted=(SlotParams(slot=0, temperature=0.5, seed=7),),
+        admitted=(SlotParams(0, SamplingParams(temperature=0.5, seed=7), num_prompt=6),),
         pages=((0, 0, 1), (0, 1, 2)),
+        limits=((0, 8),),
     )
 
 
@@ -184,7 +189,8 @@ def test_a_decode_launch_carries_a_page_only_when_a_row_crosses_into_it():
     run.step()
     assert run.step() == (Launch(Program.DECODE, 2, (0,)),)  # feeds position 6
     assert run.step() == (Launch(Program.DECODE, 2, (0,)),)
-    assert run.step() == (Launch(Program.DECODE, 2, (0,), pages=((0, 2, 3),)),)  # position 8
+    crossing = Launch(Program.DECODE, 2, (0,), pages=((0, 2, 3),), limits=((0, 10),))
+    assert run.step() == (crossing,)  # position 8; position 10 is sampled and not fed
 
 
 def test_a_long_prompt_is_cut_at_the_budget_and_samples_after_its_last_chunk():
@@ -276,7 +282,7 @@ def test_a_stop_id_as_first_token_is_reported_and_ends_the_request():
     new = request("a", 6)
     stop = expected(new.prompt, 1)
     run = Run(limits())
-    run.add(request("a", 6, stop_ids=frozenset(stop)))
+    run.add(request("a", 6, stop_ids=stop))
     run.finish()
     assert run.tokens == {"a": stop}
     assert run.finished == {"a": FinishReason.STOP}
@@ -285,7 +291,7 @@ def test_a_stop_id_as_first_token_is_reported_and_ends_the_request():
 def test_a_stop_id_as_the_last_allowed_token_counts_as_stop():
     new = request("a", 6, max_tokens=3)
     run = Run(limits())
-    run.add(request("a", 6, max_tokens=3, stop_ids=frozenset(expected(new.prompt, 3)[2:])))
+    run.add(request("a", 6, max_tokens=3, stop_ids=expected(new.prompt, 3)[2:]))
     run.finish()
     assert run.finished == {"a": FinishReason.STOP}
 
@@ -525,20 +531,20 @@ def test_commits_come_in_the_order_of_the_plan():
     scheduler = Scheduler(limits())
     scheduler.add(request("a", 3))
     [prefill] = scheduler.plan(0.0)
-    scheduler.commit(prefill, (5,), 0.0)
+    scheduler.commit(prefill, sampled(5), 0.0)
     scheduler.add(request("b", 3))
     _, later = scheduler.plan(0.0)
     with pytest.raises(AssertionError, match="before"):
-        scheduler.commit(later, (5,), 0.0)
+        scheduler.commit(later, sampled(5), 0.0)
 
 
 def test_a_launch_is_committed_once():
     scheduler = Scheduler(limits())
     scheduler.add(request("a", 3))
     [prefill] = scheduler.plan(0.0)
-    assert scheduler.commit(prefill, (5,), 0.0) == (RequestOutput("a", (5,)),)
+    assert scheduler.commit(prefill, sampled(5), 0.0) == (RequestOutput("a", (5,)),)
     with pytest.raises(AssertionError, match="not planned"):
-        scheduler.commit(prefill, (5,), 0.0)
+        scheduler.commit(prefill, sampled(5), 0.0)
 
 
 def test_an_idle_scheduler_plans_nothing():
@@ -612,9 +618,9 @@ def add(run, request_id, prompt_len, max_tokens, stop_after):
     bounds = run.bounds
     new = request(request_id, prompt_len, max_tokens, seed=int(request_id))
     if stop_after is not None:
-        stop = expected(new.prompt, stop_after + 1, seed=new.seed)[-1]
-        stop_ids = frozenset([stop, 10**6])
-        new = request(request_id, prompt_len, max_tokens, seed=new.seed, stop_ids=stop_ids)
+        stop = expected(new.prompt, stop_after + 1, seed=new.sampling.seed)[-1]
+        seed = new.sampling.seed
+        new = request(request_id, prompt_len, max_tokens, seed=seed, stop_ids=(stop, 10**6))
     fed = min(prompt_len + max_tokens, bounds.max_model_len) - 1
     usable_tokens = (bounds.num_pages - 1) * bounds.page_size
     if prompt_len < bounds.max_model_len and fed <= usable_tokens:
