@@ -1,6 +1,6 @@
 """Does a decode step cost what its context costs, or what max_model_len would allow?
 
-Times the decode program at a fixed context under a small and a large max_model_len, alternating
+Times the decode program at the same contexts under a small and a large max_model_len, alternating
 between them in one process, and prints the ratio. Last line: one JSON document.
 
     python benchmarks/decode_context.py [--context 100] [--lens 512 16384] [--rows 16]
@@ -19,44 +19,63 @@ import jax
 import numpy as np
 
 from duetjax.checkpoint.source import resolve_model
-from duetjax.config import EngineConfig, ModelConfig
-from duetjax.policy.launch import Program
+from duetjax.config import EngineConfig, ModelConfig, SamplingParams
+from duetjax.policy.launch import Launch, Program, SlotParams
+from duetjax.runtime.compiler import Compiler
+from duetjax.runtime.executor import JaxExecutor
 from duetjax.runtime.memory import plan_memory
 from duetjax.runtime.programs import Buckets, Programs
+from duetjax.runtime.slot_state import SlotShapes
+from duetjax.runtime.store import ProgramStore
+from duetjax.runtime.target import local_target
+from pallas_kernels import xla
 
 
 class DecodeStep:
-    """One decode program of `rows` rows at a fixed context, ready to be timed."""
+    """One decode program of `rows` rows, ready to be timed for `steps` steps from `context` on."""
 
-    def __init__(self, config: ModelConfig, max_model_len: int, rows: int, context: int) -> None:
+    def __init__(
+        self, config: ModelConfig, max_model_len: int, rows: int, context: int, steps: int
+    ) -> None:
         engine = EngineConfig(max_model_len=max_model_len, max_num_seqs=rows)
-        plan = plan_memory(config, engine, "float32")
-        shapes = Buckets((rows,), (), 1, plan.table_width)
-        self._programs = Programs(config, "float32", plan.layout, shapes)
-        self._key = (Program.DECODE, rows)
-        list(self._programs.compile())
+        plan = plan_memory(config, engine, "float32", pool=2**30)
+        slots = SlotShapes(rows, plan.table_width, config.vocab_size)
+        target = local_target()
+        buckets = Buckets((rows,), (context,), 1)
+        programs = Programs(config, plan.layout, slots, buckets, target, xla)
+        compiled = Compiler(target, ProgramStore(None)).compile(programs.lowered())
+        executables = {key: program.executable for key, program in compiled}
         rng = np.random.default_rng(0)
-        self._weights = [
-            jax.numpy.asarray(rng.normal(scale=0.02, size=shape).astype(np.float32))
-            for shape in self._programs.definition.shapes.values()
+        weights = [
+            jax.device_put(rng.normal(scale=0.02, size=shape).astype(np.float32))
+            for shape in programs.definition.fusion.leaves.values()
         ]
-        self._kv = plan.layout.allocate()
-        table = np.zeros((rows, plan.table_width), np.int32)
-        used = -(-context // plan.layout.page_size)
-        table[:, :used] = 1 + np.arange(rows * used).reshape(rows, used)
-        self._inputs = (
-            np.zeros(rows, np.int32),
-            np.full(rows, context - 1, np.int32),
-            table,
-            np.zeros(rows, np.float32),
-            np.zeros((rows, 2), np.uint32),
-        )
+        self._executor = JaxExecutor(programs, executables, weights)
+        self._slots = tuple(range(rows))
+        pages = -(-(context + steps) // plan.layout.page_size)
+        for slot in self._slots:
+            prefill = Launch(
+                Program.PREFILL,
+                context,
+                (slot,),
+                starts=(0,),
+                counts=(context,),
+                tokens=(1,) * context,
+                samples=(True,),
+                admitted=(SlotParams(slot, SamplingParams(temperature=0, seed=0)),),
+                pages=tuple((slot, i, 1 + slot * pages + i) for i in range(pages)),
+                limits=((slot, context + steps),),
+            )
+            self._run(prefill)
+
+    def _run(self, launch: Launch) -> None:
+        self._executor.result(self._executor.submit(launch))
 
     def seconds(self) -> float:
-        """Runs the step once, from call to tokens on the host."""
+        """Runs the next step, from call to tokens on the host."""
+        launch = Launch(Program.DECODE, len(self._slots), self._slots)
         started = time.perf_counter()
-        self._kv, tokens = self._programs(self._key, self._weights, self._kv, *self._inputs)
-        np.asarray(tokens)
+        self._run(launch)
         return time.perf_counter() - started
 
 
@@ -69,14 +88,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     config = replace(resolve_model(None).config, max_position_embeddings=max(args.lens))
-    steps = {n: DecodeStep(config, n, args.rows, args.context) for n in args.lens}
+    steps = {n: DecodeStep(config, n, args.rows, args.context, args.steps) for n in args.lens}
     times: dict[int, list[float]] = {n: [] for n in args.lens}
     for _ in range(args.steps):
         for n, step in steps.items():
             times[n].append(step.seconds())
     medians = {n: 1e3 * statistics.median(t[args.steps // 10 :]) for n, t in times.items()}
     small, large = args.lens
-    print(f"decode step, {args.rows} rows, context {args.context}, demo model, f32")
+    print(f"decode step, {args.rows} rows, context from {args.context}, demo model, f32")
     for n, median in medians.items():
         print(f"  max_model_len {n:6d}: {median:7.2f} ms (median of {args.steps})")
     result = {

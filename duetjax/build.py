@@ -88,12 +88,10 @@ class LoadedModel:
     @property
     def defaults(self) -> SamplingParams:
         """generation_config.json's recommendations over the API's defaults."""
-        temperature, max_tokens = self.generation.temperature, self.generation.max_tokens
-        api = SamplingParams()
-        return SamplingParams(
-            temperature=api.temperature if temperature is None else temperature,
-            max_tokens=api.max_tokens if max_tokens is None else max_tokens,
-        )
+        sampling = self.generation.sampling
+        if sampling.max_tokens is None:
+            return replace(sampling, max_tokens=SamplingParams().max_tokens)
+        return sampling
 
 
 def load(

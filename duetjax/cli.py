@@ -1,4 +1,4 @@
-"""The `duetjax` command: generate, serve, doctor."""
+"""The `duetjax` command: generate, serve, convert, doctor."""
 
 import argparse
 import logging
@@ -60,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_engine_flags(serve)
     serve.set_defaults(run=_serve)
+
+    convert = commands.add_parser("convert", help="rewrite a model folder for Orbax, or back")
+    convert.add_argument("source", metavar="SRC", help="folder or hub id")
+    convert.add_argument("target", metavar="DST", help="new folder")
+    convert.add_argument(
+        "--format", choices=("orbax", "safetensors"), help="default: the one that SRC has not"
+    )
+    convert.add_argument(
+        "--max-shard-size", type=int, metavar="BYTES", help="per safetensors file; default: 5 GB"
+    )
+    convert.set_defaults(run=_convert)
 
     doctor = commands.add_parser("doctor", help="show what this installation can do")
     doctor.set_defaults(run=_doctor)
@@ -150,6 +161,26 @@ def _serve(args: argparse.Namespace) -> int:
             server.run(lambda line: print(line, flush=True))
         finally:
             model.engine.shutdown(timeout=30)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    # Orbax asks jax for its devices; converting needs none, and others may be using them.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from duetjax.checkpoint.convert import convert
+    from duetjax.checkpoint.weights import WeightFormat
+
+    started = time.perf_counter()
+    done = convert(
+        args.source,
+        args.target,
+        to=None if args.format is None else WeightFormat(args.format),
+        max_shard_size=args.max_shard_size,
+    )
+    print(
+        f"wrote {done.folder}: {done.num_tensors} tensors as {done.format},"
+        f" {done.nbytes / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s"
+    )
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from reprlib import repr as short  # values of hostile files may be megabytes long
-from typing import Any, Self
+from typing import Any, Self, cast
 
 
 class DuetJAXError(Exception):
@@ -336,27 +336,60 @@ class EngineConfig:
             raise ConfigError(f"--seed {self.seed} must be from 0 to 2^32 - 1")
 
 
+MAX_STOP_IDS = 16  # end-of-sequence ids and stop_token_ids of one request together
+MAX_LOGIT_BIAS = 64  # entries; the device's tables have this many columns
+MAX_LOGPROBS = 20
+
+_RANGES = {
+    "temperature": (0, 2),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 2),  # a logit divided by less may overflow
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends; names and defaults are vLLM's.
 
-    temperature 0 (and anything under 1e-5) is greedy. seed: with one, the same request draws the
-    same random bits, so its tokens are the same up to rounding of the logits; without, each is
-    drawn afresh. stop: strings that end the text before them. stop_token_ids: further
-    ids that end it, beside the model's own end-of-sequence ids unless ignore_eos. max_tokens
-    None: until max_model_len. n: completions of one prompt, the i-th seeded with seed + i.
+    temperature 0 (and anything under 1e-5) is greedy. top_p, top_k, min_p: keep the most likely
+    tokens that have this share of the probability together, the top_k most likely (0, -1: all),
+    those at least min_p times as likely as the likeliest. repetition_penalty divides (multiplies
+    if negative) the logits of tokens in the prompt or output; frequency_penalty is subtracted for
+    each time a token is in the output, presence_penalty once if it is. logit_bias: added to the
+    logits of token ids, which may be written as digits; kept as sorted pairs, see `biases`.
+    seed: with one, the same request draws the same random bits, so its tokens are the same up to
+    rounding of the logits; without, each is drawn afresh. n: completions of one prompt, the i-th
+    seeded with seed + i.
+
+    stop: strings that end the text before them. stop_token_ids: further ids that end it, beside
+    the model's own end-of-sequence ids unless ignore_eos; at most 16 together. max_tokens None:
+    until max_model_len. min_tokens: nothing but max_model_len ends it before so many tokens.
+    logprobs: report each token's log-probability and that many of the likeliest; None: neither.
 
     Raises `InvalidRequest` naming the parameter.
     """
 
     n: int = 1
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Mapping[str, float] | tuple[tuple[int, float], ...] | None = (
+        None
+    )
     max_tokens: int | None = 16
+    min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] | list[str] | str | None = ()
     stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
@@ -365,25 +398,9 @@ class SamplingParams:
         _check(isinstance(ids, tuple | list), "stop_token_ids", "a list of token ids", ids)
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
-        _check(type(self.n) is int and self.n >= 1, "n", "an integer of at least 1", self.n)
-        _check(
-            type(self.temperature) in (int, float) and 0 <= self.temperature <= 2,
-            "temperature",
-            "a number from 0 to 2",
-            self.temperature,
-        )
-        _check(
-            self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
-            "max_tokens",
-            "an integer of at least 1, or None",
-            self.max_tokens,
-        )
-        _check(
-            self.seed is None or (type(self.seed) is int and -(2**63) <= self.seed < 2**63),
-            "seed",
-            "a 64-bit integer",
-            self.seed,
-        )
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        self._check_choice()
+        self._check_length()
         _check(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
         _check(
             all(type(t) is int and t >= 0 for t in ids),
@@ -391,8 +408,89 @@ class SamplingParams:
             "token ids",
             self.stop_token_ids,
         )
+        _check(
+            len(set(ids)) <= MAX_STOP_IDS,
+            "stop_token_ids",
+            f"at most {MAX_STOP_IDS} token ids",
+            self.stop_token_ids,
+        )
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as pairs of token id and bias, by id."""
+        assert isinstance(self.logit_bias, tuple), self.logit_bias
+        return self.logit_bias
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens of the prompt or output change the logits."""
+        by_count = self.frequency_penalty or self.presence_penalty
+        return bool(by_count) or self.repetition_penalty != 1
+
+    def _check_choice(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            _check(_is_number(value, low, high), name, f"a number from {low} to {high}", value)
+        wanted = "a number above 0 and at most 1"
+        _check(_is_number(self.top_p, 0, 1) and self.top_p > 0, "top_p", wanted, self.top_p)
+        wanted = "an integer of at least 1, or 0 or -1 to keep all tokens"
+        _check(_is_integer(self.top_k, -1, 2**31 - 1), "top_k", wanted, self.top_k)
+        wanted = "a 64-bit integer"
+        is_seed = self.seed is None or _is_integer(self.seed, -(2**63), 2**63 - 1)
+        _check(is_seed, "seed", wanted, self.seed)
+        wanted = f"an integer from 0 to {MAX_LOGPROBS}, or None"
+        is_count = self.logprobs is None or _is_integer(self.logprobs, 0, MAX_LOGPROBS)
+        _check(is_count, "logprobs", wanted, self.logprobs)
+
+    def _check_length(self) -> None:
+        _check(type(self.n) is int and self.n >= 1, "n", "an integer of at least 1", self.n)
+        _check(
+            self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
+            "max_tokens",
+            "an integer of at least 1, or None",
+            self.max_tokens,
+        )
+        # With the longest prompt still a 32-bit position.
+        is_count = _is_integer(self.min_tokens, 0, 2**30)
+        _check(is_count, "min_tokens", "an integer from 0 to 2^30", self.min_tokens)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it"
+                " or raise max_tokens",
+                param="min_tokens",
+            )
+
+
+def _bias_pairs(given: object) -> tuple[tuple[int, float], ...]:
+    """logit_bias as sorted pairs, from a mapping, from such pairs, or from None."""
+    wanted = "a mapping of token ids to numbers"
+    _check(given is None or isinstance(given, Mapping | tuple), "logit_bias", wanted, given)
+    pairs = list(given.items()) if isinstance(given, Mapping) else list(given or ())
+    if len(pairs) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            f"logit_bias has {len(pairs)} entries; at most {MAX_LOGIT_BIAS} are possible",
+            param="logit_bias",
+        )
+    biases: dict[int, float] = {}
+    for key, bias in pairs:
+        is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11
+        token = int(key) if is_text else key
+        _check(_is_integer(token, 0, 2**31 - 1), "logit_bias", "given by token ids", key)
+        wanted = "given in numbers from -100 to 100"
+        _check(_is_number(bias, -100, 100), "logit_bias", wanted, bias)
+        _check(token not in biases, "logit_bias", "given once for each token id", key)
+        biases[token] = float(bias)
+    return tuple(sorted(biases.items()))
+
+
+def _is_integer(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= cast(float, value) <= high  # so not NaN
 
 
 def _check(ok: bool, param: str, wanted: str, value: object) -> None:
     if not ok:
-        raise InvalidRequest(f"{param} must be {wanted}, not {value!r}", param=param)
+        raise InvalidRequest(f"{param} must be {wanted}, not {short(value)}", param=param)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duetjax.checkpoint.huggingface import Shapes, Weights
+from duetjax.checkpoint.tensors import Shapes, Weights
 from duetjax.config import ConfigError
 
 _STDDEV = 0.02  # initializer_range of the supported families

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from duetjax.checkpoint.folder import read_object, shown
 from duetjax.checkpoint.generation import GenerationDefaults, read_generation
-from duetjax.checkpoint.huggingface import weight_files
+from duetjax.checkpoint.weights import weight_format
 from duetjax.config import ConfigError, ModelConfig, ModelFolderError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -25,7 +25,7 @@ class SourceKind(StrEnum):
 
 
 class LoadFormat(StrEnum):
-    """Where weights come from: AUTO reads the folder's safetensors, DUMMY draws random ones."""
+    """Where weights come from: AUTO reads the folder's files, DUMMY draws random ones."""
 
     AUTO = "auto"
     DUMMY = "dummy"
@@ -103,7 +103,7 @@ def _in_folder(name: str, kind: SourceKind, folder: Path, weights: bool) -> Mode
     except ModelFolderError as error:
         raise ModelFolderError(f"{shown(folder)}: {error}") from error
     if weights:
-        weight_files(folder)
+        weight_format(folder)
     return ModelSource(name, kind, folder, config, read_generation(folder, config))
 
 

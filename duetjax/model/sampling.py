@@ -25,6 +25,8 @@ _GROUP = 64
 _CANDIDATES = 64  # with _GROUP at most 4096 elements to sort: one kernel
 _PROPOSALS = 16
 _NUM_TOP = 20
+_LEAST_TOP_P = 1e-9  # keeps the greatest logit
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class RowParams(NamedTuple):
@@ -200,40 +202,121 @@ def _bit(mask: jax.Array, ids: jax.Array) -> jax.Array:
 def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Array) -> jax.Array:
     """One token of each row's kept set, [B]."""
     floor = _floor(best, params)
-    weights = _weight(_grouped(adjusted), best, floor[:, None, None]).sum(-1)
-    total = weights.sum(-1)
-    candidates = jnp.exp(best.values - best.values[:, :1])
+    weights = _weight(_grouped(adjusted), best, floor).sum(-1)
+    masses = jnp.exp(best.values - best.values[:, :1])  # of the candidates; the greatest is 1
     beyond = jnp.maximum(params.top_k - _CANDIDATES, 0)
-    bound = candidates.sum(-1) + beyond * candidates[:, -1]
-    total = jnp.where(beyond > 0, jnp.minimum(total, bound), total)
-    limit = jnp.where(params.top_p < 1, jnp.maximum(params.top_p, 1e-9) * total, jnp.inf)
+    limit = _limit(weights.sum(-1), masses, beyond, params.top_p)
 
     greater = best.values[:, None, :] > best.values[:, :, None]
-    above = jnp.where(greater, candidates[:, None, :], 0.0).sum(-1)
-    inside = (best.values >= floor[:, None]) & (above < limit[:, None]) & (candidates > 0)
-    first = jnp.zeros((), jnp.uint32)
-    choice = _race(jnp.where(inside, candidates, 0.0), params.seed, position, first)
-    closed = _gather(best.ids, choice[:, None])[:, 0]
+    above = jnp.where(greater, masses[:, None, :], 0.0).sum(-1)
+    inside = (best.values >= floor[:, None]) & (above < limit[:, None]) & (masses > 0)
+    chosen = _race(jnp.where(inside, masses, 0.0), _bits(params.seed, position, 0, _CANDIDATES))
 
-    tokens, values = _proposals(adjusted, weights, best, floor, (params.seed, position))
-    mass, count = _above(adjusted, best.values[:, 0], values)
+    tokens, values = _proposals(adjusted, weights, best, floor, params.seed, position)
+    mass, count = _above(adjusted, best, values)
     accepted = (mass < limit[:, None]) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
-    opened = _gather(tokens, jnp.argmax(accepted, axis=1)[:, None])[:, 0]
-    return jnp.where(inside[:, -1] & accepted.any(1), opened, closed)
+    first = jnp.argmax(accepted, axis=1)
+    is_open = inside[:, -1] & accepted.any(1)
+    return jnp.where(is_open, _pick(tokens, first), _pick(best.ids, chosen))
 
 
 def _floor(best: _Top, params: RowParams) -> jax.Array:
-    """A logit that min_p and top_k keep nothing below, [B]; exactly their cut if top_k <= 64."""
+    """A logit below which min_p and top_k keep nothing, [B]; with top_k <= 64 exactly their cut."""
     lowest = best.values[:, 0] + jnp.log(params.min_p)
-    place = jnp.maximum(params.top_k - 1, 0)[:, None]
-    among_groups = jnp.where(
-        params.top_k <= best.maxima.shape[1], _gather(best.maxima, place)[:, 0], -jnp.inf
-    )
-    among_candidates = _gather(best.values, place)[:, 0]
-    cut = jnp.where(params.top_k <= _CANDIDATES, among_candidates, among_groups)
+    place = jnp.maximum(params.top_k - 1, 0)
+    among_groups = jnp.where(place < best.maxima.shape[1], _pick(best.maxima, place), -jnp.inf)
+    cut = jnp.where(params.top_k <= _CANDIDATES, _pick(best.values, place), among_groups)
     return jnp.where(params.top_k > 0, jnp.maximum(lowest, cut), lowest)
 
 
+def _limit(total: jax.Array, masses: jax.Array, beyond: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The mass above a logit at which top_p ends, [B]; total: the mass not below the floor."""
+    bound = masses.sum(-1) + beyond * masses[:, -1]
+    total = jnp.where(beyond > 0, jnp.minimum(total, bound), total)
+    return jnp.where(top_p < 1, jnp.maximum(top_p, _LEAST_TOP_P) * total, jnp.inf)
+
+
 def _weight(logits: jax.Array, best: _Top, floor: jax.Array) -> jax.Array:
-    highest = best.values[:, 0].reshape(floor.shape)
-    return jnp.where(logits >= floor, jnp.exp(logits - highest), 0.0)
+    kept = logits >= floor[:, None, None]
+    return jnp.where(kept, jnp.exp(logits - best.values[:, :1, None]), 0.0)
+
+
+def _proposals(
+    adjusted: jax.Array,
+    weights: jax.Array,
+    best: _Top,
+    floor: jax.Array,
+    seed: jax.Array,
+    position: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Independent draws from the logits not below the floor: ids and logits, [B, _PROPOSALS].
+
+    weights [B, G]: the groups' masses. Three short races, for the chunk of groups, the group and
+    the element, in place of one over the vocabulary.
+    """
+    rows = weights.shape[0]
+    chunks = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _GROUP))).reshape(rows, -1, _GROUP)
+    num_chunks = chunks.shape[1]
+
+    def raced(stream: int, among: jax.Array) -> jax.Array:
+        bits = _bits(seed, position, stream, _PROPOSALS * among.shape[2])
+        return _race(among, bits.reshape(rows, _PROPOSALS, -1))
+
+    chunk = raced(1, jnp.broadcast_to(chunks.sum(-1)[:, None], (rows, _PROPOSALS, num_chunks)))
+    group = chunk * _GROUP + raced(2, jnp.take_along_axis(chunks, chunk[:, :, None], 1))
+    ids = group[:, :, None] * _GROUP + jnp.arange(_GROUP)
+    values = _gather(adjusted, ids.reshape(rows, -1)).reshape(ids.shape)
+    values = jnp.where(ids < adjusted.shape[1], values, -jnp.inf)
+    element = raced(3, _weight(values, best, floor))
+    token = group * _GROUP + element
+    return token, _gather(adjusted, token)
+
+
+def _above(adjusted: jax.Array, best: _Top, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mass and number of the logits strictly greater than each of `values`, [B, _PROPOSALS].
+
+    One reduction of many operands reads the vocabulary once.
+    """
+    weights = jnp.exp(adjusted - best.values[:, :1])
+    greater = [adjusted > values[:, m, None] for m in range(_PROPOSALS)]
+    operands = [jnp.where(mask, weights, 0.0) for mask in greater]
+    operands += [mask.astype(jnp.float32) for mask in greater]
+    zeros = [jnp.float32(0)] * len(operands)
+    sums = jax.lax.reduce(
+        operands, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,)
+    )
+    return jnp.stack(sums[:_PROPOSALS], 1), jnp.stack(sums[_PROPOSALS:], 1)
+
+
+def _pick(array: jax.Array, index: jax.Array) -> jax.Array:
+    return _gather(array, index[:, None])[:, 0]
+
+
+def _race(weights: jax.Array, bits: jax.Array) -> jax.Array:
+    """Index along the last axis, with probability in proportion to its weight, never of weight 0.
+
+    Each entrant's time is exponential with its weight as rate, the first to arrive wins: the
+    Gumbel-max trick.
+    """
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    lead = jnp.log(weights) - jnp.log(-jnp.log1p(-uniform))
+    return jnp.argmax(lead, axis=-1).astype(jnp.int32)
+
+
+def _bits(seed: jax.Array, position: jax.Array, stream: int, count: int) -> jax.Array:
+    """Random words uint32 [B, count], Threefry-2x32 with 20 rounds: key seed, counter (position, n).
+
+    Written out, because unlike jax.random's it fuses into its consumer. Salmon et al., "Parallel
+    random numbers: as easy as 1, 2, 3", 2011.
+    """
+    keys = (seed[:, :1], seed[:, 1:], seed[:, :1] ^ seed[:, 1:] ^ jnp.uint32(0x1BD11BDA))
+    index = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(stream << 16)
+    x = position.astype(jnp.uint32)[:, None] + keys[0]
+    y = index[None, :] + keys[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x = x + y
+            y = (y << rotation | y >> (32 - rotation)) ^ x
+        x = x + keys[(block + 1) % 3]
+        y = y + keys[(block + 2) % 3] + jnp.uint32(block + 1)
+    return x

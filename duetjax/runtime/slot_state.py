@@ -170,6 +170,6 @@ def _row(new: SlotParams) -> np.ndarray:
     row["min_position"] = new.num_prompt + sampling.min_tokens
     row["stop_ids"] = row["bias_ids"] = _UNUSED_ID
     row["stop_ids"][: len(new.stop_ids)] = new.stop_ids
-    for index, (token, bias) in enumerate(sampling.logit_bias):
+    for index, (token, bias) in enumerate(sampling.biases):
         row["bias_ids"][index], row["bias_values"][index] = token, bias
     return row

@@ -1,5 +1,6 @@
 """Text of a token stream as it grows: whole characters only, ended by the first stop string."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,15 @@ _CHARACTER_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that became certain with a push; stopped: a stop string ended it, nothing follows."""
+    """Text that became certain with a push; stopped: a stop string ended it, nothing follows.
+
+    offsets: for each token that the text reaches for the first time, in order, where in the whole
+    text its own begins. A token without text (a special one) waits for text after it, or the end.
+    """
 
     text: str
     stopped: bool
+    offsets: tuple[int, ...] = ()
 
 
 class TextStream:
@@ -28,11 +34,18 @@ class TextStream:
     and `finish()` together are the decoded text cut at the first stop string, however the tokens
     are divided into pushes: the string that is complete first wins, the longest of those that end
     together. With `include_stop_str` the text ends after the stop string, otherwise before it.
+    A stop string does not count unless it ends after the first `min_tokens` tokens. Tokens whose
+    text was cut off whole, with a stop string or as a stop id, are in no delta's offsets.
     stopped: whether a stop string has ended the text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop_str: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        include_stop_str: bool = False,
+        *,
+        min_tokens: int = 0,
     ) -> None:
         assert all(stop), f"empty stop string in {stop!r}"
         self._decoder = _IncrementalDecoder(tokenizer)
@@ -41,7 +54,12 @@ class TextStream:
         self._initials = frozenset(s[0] for s in stop)
         self._longest_stop = max(map(len, stop), default=0)
         self._include_stop_str = include_stop_str
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._held = ""
+        self._length = 0  # characters decoded, those held back included
+        self._sent = 0  # characters given in deltas
+        self._starts: list[int] = []  # of the tokens that no delta has reached yet
         self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
@@ -50,9 +68,11 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped:
                 break
+            self._num_tokens += 1
+            self._starts.append(self._length)
             if token_id < self._vocab_size and token_id not in self._special_ids:
                 texts.append(self._release(self._decoder.push(token_id)))
-        return TextDelta("".join(texts), self.stopped)
+        return TextDelta("".join(texts), self.stopped, self._reached(self._sent))
 
     def end(self, token_ids: Sequence[int], *, at_stop_id: bool = False) -> TextDelta:
         """Takes the last tokens and gives all that is left of the text.
@@ -62,7 +82,9 @@ class TextStream:
         """
         hidden = at_stop_id and not self._include_stop_str
         delta = self.push(token_ids[:-1] if hidden else token_ids)
-        return TextDelta(delta.text + self.finish(), self.stopped)
+        text = delta.text + self.finish()
+        end = self._sent if self.stopped else self._length + 1
+        return TextDelta(text, self.stopped, delta.offsets + self._reached(end))
 
     def finish(self) -> str:
         """The rest of the text, held-back parts and an unfinished character included."""
@@ -70,26 +92,47 @@ class TextStream:
             return ""
         text = self._release(self._decoder.finish())
         held, self._held = self._held, ""
+        self._sent += len(held)
         return text + held
+
+    def _reached(self, end: int) -> tuple[int, ...]:
+        """Takes out the tokens that begin before `end`."""
+        count = bisect_left(self._starts, end)
+        reached = tuple(self._starts[:count])
+        del self._starts[:count]
+        return reached
 
     def _release(self, new: str) -> str:
         """Adds decoded text and returns what is certain to stay."""
-        if not new or not self._stop:
-            return new
+        self._length += len(new)
+        text = self._certain(new) if new and self._stop else new
+        self._sent += len(text)
+        return text
+
+    def _certain(self, new: str) -> str:
+        """What of the held-back and the new text cannot be, or become, part of a stop string."""
         text = self._held + new
-        matches = [
-            (start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0
-        ]
-        if matches:
-            end, start = min(matches)
+        if self._num_tokens > self._min_tokens and (cut := self._cut(text)) is not None:
             self.stopped, self._held = True, ""
-            return text[:end] if self._include_stop_str else text[:start]
+            return text[:cut]
         tail = range(max(0, len(text) - self._longest_stop + 1), len(text))
         starts = (i for i in tail if text[i] in self._initials)
         possible = (i for i in starts if any(stop.startswith(text[i:]) for stop in self._stop))
         certain = next(possible, len(text))
         self._held = text[certain:]
         return text[:certain]
+
+    def _cut(self, text: str) -> int | None:
+        """Where the first stop string that ends after the held-back text cuts; None without one."""
+        matches = []
+        for stop in self._stop:
+            start = text.find(stop, max(0, len(self._held) - len(stop) + 1))
+            if start >= 0:
+                matches.append((start + len(stop), start))
+        if not matches:
+            return None
+        end, start = min(matches)
+        return end if self._include_stop_str else start
 
 
 class _IncrementalDecoder:

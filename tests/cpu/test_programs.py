@@ -158,7 +158,7 @@ class Machine:
             self.decode(decoding, deltas)
 
     def deltas(self):
-        """Ends some rows, admits others, raises limits: what a scheduler may do between launches."""
+        """Ends some rows, admits others, raises limits: what a scheduler may do in between."""
         for slot in list(self.rows):
             done = not self.rows[slot].is_active and not self.rows[slot].is_prefilling
             if (done and self.dice.random() < 0.7) or self.dice.random() < 0.05:

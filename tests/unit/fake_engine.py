@@ -1,21 +1,26 @@
 """A real engine on a device whose output a person can write down: the alphabet.
 
 After a letter comes the next one, after "z" comes "<|end|>", after anything else "a". With a
-temperature the steps are 1 + seed % 5 letters long, wrapping at "z". Token ids are those of
-`write_tokenizer`: one token per byte, so a text's tokens are its UTF-8 bytes.
+temperature the steps are 1 + seed % 5 letters long, wrapping at "z". A token that is not allowed
+(a bias of -100, or a stop id before min_tokens) becomes "a"; a bias of 100 makes its token the only
+one. Token ids are those of `write_tokenizer`: one token per byte, so a text's tokens are its UTF-8
+bytes. Logprobs are those of `fake_executor.top_tokens`.
 """
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+
+from fake_executor import FakeExecutor, SlotState
 
 from duetjax.engine import EngineClient
-from duetjax.policy.launch import Launch, Program, SlotParams, Ticket
+from duetjax.policy.launch import StepResult, Ticket
+from duetjax.policy.request import NewRequest
 from duetjax.policy.scheduler import Scheduler, SchedulerLimits
 
 END = 256
 VOCAB_SIZE = 260
+PAGE_SIZE = 16
 PATIENCE = 60.0  # seconds after which a condition that should come true has failed
 
 
@@ -44,23 +49,17 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
-@dataclass
-class _Slot:
-    params: SlotParams
-    token: int = 0
-
-
-class AlphabetExecutor:
+class AlphabetExecutor(FakeExecutor):
     """Implements `policy.launch.Executor`.
 
     `hold()` makes results wait, `step(n)` lets n of them through, `release()` all;
     `break_down()` makes the next one raise. num_waiting: results that wait now, 0 or 1.
     """
 
+    vocab_size = VOCAB_SIZE
+
     def __init__(self) -> None:
-        self._slots: dict[int, _Slot] = {}
-        self._results: dict[Ticket, tuple[int, ...]] = {}
-        self._num_launches = 0
+        super().__init__(PAGE_SIZE)
         self._gate = threading.Condition()
         self._allowed: float = float("inf")
         self._broken = False
@@ -71,7 +70,7 @@ class AlphabetExecutor:
         with self._gate:
             self._allowed = 0
 
-    def step(self, n: int) -> None:
+    def step(self, n: float) -> None:
         """Lets `n` held results through."""
         with self._gate:
             self._allowed += n
@@ -88,24 +87,8 @@ class AlphabetExecutor:
             self._allowed = float("inf")
             self._gate.notify_all()
 
-    def submit(self, launch: Launch) -> Ticket:
-        """Computes a launch's samples."""
-        for params in launch.admitted:
-            self._slots[params.slot] = _Slot(params)
-        rows = [self._slots[slot] for slot in launch.slots]
-        if launch.program is Program.PREFILL:
-            self._feed(rows, launch.counts, launch.tokens)
-        sampled = [next_token(r.token, r.params.temperature, r.params.seed) for r in rows]
-        feeds = launch.samples or (True,) * len(rows)
-        for row, token, is_fed in zip(rows, sampled, feeds, strict=True):
-            if is_fed:
-                row.token = token
-        self._num_launches += 1
-        self._results[self._num_launches] = tuple(sampled)
-        return self._num_launches
-
-    def result(self, ticket: Ticket) -> tuple[int, ...]:
-        """The samples, once the gate lets them through."""
+    def result(self, ticket: Ticket, step: int = 0) -> StepResult:
+        """A launch's samples, once the gate lets them through."""
         with self._gate:
             self.num_waiting += 1
             self._gate.wait_for(lambda: self._allowed >= 1)
@@ -113,27 +96,37 @@ class AlphabetExecutor:
             self._allowed -= 1
             if self._broken:
                 raise RuntimeError("the device broke down, as the test asked")
-        return self._results.pop(ticket)
+        return super().result(ticket, step)
 
-    @staticmethod
-    def _feed(rows: Sequence[_Slot], counts: Sequence[int], tokens: Sequence[int]) -> None:
-        end = 0
-        for row, count in zip(rows, counts, strict=True):
-            end += count
-            row.token = tokens[end - 1]
+    def next_token(self, state: SlotState) -> int:
+        """The letter after the last token, as far as the parameters allow it."""
+        params, sampling = state.params, state.params.sampling
+        assert None not in (state.last, sampling.seed), state
+        forced = [token for token, bias in sampling.biases if bias == 100]
+        if forced:
+            return forced[0]
+        banned = {token for token, bias in sampling.biases if bias == -100}
+        if state.position < params.num_prompt + sampling.min_tokens:
+            banned |= set(params.stop_ids)
+        token = next_token(state.last, sampling.temperature, sampling.seed)
+        return ord("a") if token in banned else token
 
 
 class FakeEngine(EngineClient):
-    """The real engine over `executor`; it remembers what was asked of it."""
+    """The real engine over `executor`; it remembers what was asked of it.
+
+    requests: those of `submitted`, whole.
+    """
 
     def __init__(self, *, num_slots: int = 32, num_pages: int = 513, max_len: int = 256) -> None:
         self.executor = AlphabetExecutor()
         self.submitted: list[str] = []
+        self.requests: list[NewRequest] = []
         self.aborted: list[str] = []
         rows = [2**i for i in range(1, 8) if 2 ** (i - 1) < max(2, num_slots)]
         limits = SchedulerLimits(
             num_pages=num_pages,
-            page_size=16,
+            page_size=PAGE_SIZE,
             num_slots=num_slots,
             max_model_len=max_len,
             max_num_batched_tokens=num_slots + 64,
@@ -143,10 +136,11 @@ class FakeEngine(EngineClient):
         )
         super().__init__(Scheduler(limits), self.executor, vocab_size=VOCAB_SIZE)
 
-    def submit(self, new) -> None:
+    def submit(self, new: NewRequest) -> None:
         """Passes on and remembers."""
         super().submit(new)
         self.submitted.append(new.id)
+        self.requests.append(new)
 
     def abort(self, request_id: str) -> None:
         """Passes on and remembers."""

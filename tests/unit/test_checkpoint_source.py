@@ -18,7 +18,14 @@ from duetjax.checkpoint.source import (
     preset_names,
     resolve_model,
 )
-from duetjax.config import ConfigError, DuetJAXError, ModelConfig, ModelFolderError, RopeType
+from duetjax.config import (
+    ConfigError,
+    DuetJAXError,
+    ModelConfig,
+    ModelFolderError,
+    RopeType,
+    SamplingParams,
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -324,18 +331,25 @@ def generation(tmp_path: Path, file: object, **changes: object):
 
 def test_without_generation_config_only_the_stop_ids_are_known(tmp_path):
     defaults = generation(tmp_path, None)
-    assert (defaults.temperature, defaults.max_tokens) == (None, None)
+    assert defaults.sampling == SamplingParams(max_tokens=None)
     assert (defaults.eos_token_ids, defaults.ignored) == ((3,), ())
 
 
-def test_generation_config_sets_temperature_and_max_tokens(tmp_path):
-    defaults = generation(tmp_path, {"temperature": 0.6, "max_new_tokens": 2048, "novelty": [1]})
-    assert (defaults.temperature, defaults.max_tokens) == (0.6, 2048)
+def test_generation_config_sets_what_is_served(tmp_path):
+    recommended = {
+        "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1,
+    }  # fmt: skip
+    file = recommended | {"max_new_tokens": 2048, "novelty": [1]}
+    defaults = generation(tmp_path, file)
+    assert defaults.sampling == SamplingParams(**recommended, max_tokens=2048)
+    assert defaults.ignored == ()
 
 
-def test_temperature_counts_even_where_do_sample_is_false(tmp_path):
-    assert generation(tmp_path, {"do_sample": False, "temperature": 1}).temperature == 1.0
-    assert generation(tmp_path, {"do_sample": False}).temperature is None
+def test_sampling_parameters_count_even_where_do_sample_is_false(tmp_path):
+    defaults = generation(tmp_path, {"do_sample": False, "temperature": 1, "top_k": 50})
+    assert (defaults.sampling.temperature, defaults.sampling.top_k) == (1, 50)
+    neutral = {"do_sample": False, "top_p": None}
+    assert generation(tmp_path, neutral).sampling == SamplingParams(max_tokens=None)
 
 
 def test_stop_ids_of_generation_config_replace_those_of_config(tmp_path):
@@ -344,9 +358,15 @@ def test_stop_ids_of_generation_config_replace_those_of_config(tmp_path):
     assert generation(tmp_path, {"eos_token_id": None}).eos_token_ids == (3,)
 
 
+def test_stop_ids_beyond_the_vocabulary_are_left_out(tmp_path):
+    vocab_size = CONFIG["vocab_size"]
+    file = {"eos_token_id": [vocab_size - 1, vocab_size]}
+    assert generation(tmp_path, file).eos_token_ids == (vocab_size - 1,)
+
+
 def test_sampling_keys_that_are_not_served_are_listed_unless_neutral(tmp_path):
-    asked = {"top_p": 0.95, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0, "num_beams": 4}
-    assert generation(tmp_path, asked).ignored == ("top_p", "top_k", "num_beams")
+    asked = {"typical_p": 1.0, "no_repeat_ngram_size": 3, "num_beams": 4}
+    assert generation(tmp_path, asked).ignored == ("no_repeat_ngram_size", "num_beams")
 
 
 @pytest.mark.parametrize(
@@ -357,6 +377,10 @@ def test_sampling_keys_that_are_not_served_are_listed_unless_neutral(tmp_path):
         ("temperature", math.nan),
         ("temperature", 10**400),
         ("temperature", True),
+        ("top_p", 0),
+        ("top_k", 2.5),
+        ("min_p", -1),
+        ("repetition_penalty", 0),
         ("max_new_tokens", 0),
         ("max_new_tokens", 2.5),
         ("max_new_tokens", "\n" * 10**6),

@@ -1,5 +1,7 @@
 """config.json and parameters as a stranger may write them."""
 
+from dataclasses import replace
+
 import pytest
 
 from duetjax.config import (
@@ -143,12 +145,98 @@ def test_engine_settings_out_of_range_name_their_flag(field, value):
         ("stop", ["a", ""]),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [True]),
+        ("stop_token_ids", list(range(17))),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("top_p", True),
+        ("top_k", -2),
+        ("top_k", 1.0),
+        ("top_k", 2**31),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", "0"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-30),
+        ("repetition_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("presence_penalty", float("inf")),
+        ("presence_penalty", False),
+        ("logit_bias", {5: 100.1}),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"\u0665": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", {2**31: 1}),
+        ("logit_bias", {5: 1, "5": 1}),
+        ("logit_bias", [5]),
+        ("logit_bias", dict.fromkeys(range(65), 1)),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("min_tokens", None),
+        ("min_tokens", 1.0),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", True),
     ],
 )
 def test_sampling_parameters_out_of_range_name_themselves(field, value):
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})
     assert caught.value.param == field
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_min_tokens_without_max_tokens_is_bounded_by_what_a_position_can_be():
+    assert SamplingParams(max_tokens=None, min_tokens=2**30).min_tokens == 2**30
+    with pytest.raises(InvalidRequest, match="min_tokens"):
+        SamplingParams(max_tokens=None, min_tokens=2**30 + 1)
+
+
+def test_the_ends_of_every_range_are_in_it():
+    low = SamplingParams(
+        temperature=0, top_p=1e-9, top_k=-1, min_p=0, repetition_penalty=0.01,
+        frequency_penalty=-2, presence_penalty=-2, logit_bias={0: -100}, min_tokens=0, logprobs=0,
+    )  # fmt: skip
+    high = SamplingParams(
+        temperature=2, top_p=1, top_k=2**31 - 1, min_p=1, repetition_penalty=2,
+        frequency_penalty=2, presence_penalty=2, logit_bias=dict.fromkeys(range(64), 100),
+        max_tokens=8, min_tokens=8, logprobs=20, stop_token_ids=list(range(16)),
+    )  # fmt: skip
+    assert low != high
+
+
+def test_a_bias_is_kept_as_sorted_pairs_whatever_its_spelling():
+    params = SamplingParams(logit_bias={"10": 1, "9": -2.5})
+    assert params.biases == ((9, -2.5), (10, 1.0))
+    assert params == SamplingParams(logit_bias={9: -2.5, 10: 1})
+    assert replace(params, n=2).biases == params.biases
+    assert SamplingParams(logit_bias={}).biases == SamplingParams().biases == ()
+
+
+def test_parameters_can_be_keys_of_a_dictionary():
+    given = {"logit_bias": {1: 2}, "stop": ["a"], "stop_token_ids": [5]}
+    assert len({SamplingParams(**given), SamplingParams(**given)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_penalties"),
+    [
+        ({}, False),
+        ({"repetition_penalty": 1.0, "temperature": 0.5, "logit_bias": {1: 1}}, False),
+        ({"repetition_penalty": 0.9}, True),
+        ({"frequency_penalty": -1}, True),
+        ({"presence_penalty": 0.1}, True),
+    ],
+)
+def test_penalties_are_told_from_parameters_that_need_no_history(changes, has_penalties):
+    assert SamplingParams(**changes).has_penalties is has_penalties
 
 
 def test_none_means_no_stops_as_in_vllm():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from fake_executor import VOCAB_SIZE, DeviceFault, FakeExecutor, expected
 
-from duetjax.config import InvalidRequest
+from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.engine import EngineClient, EngineDead
 from duetjax.policy.request import FinishReason, NewRequest
 from duetjax.policy.scheduler import Scheduler, SchedulerLimits
@@ -32,10 +32,10 @@ LIMITS = SchedulerLimits(
 )
 
 
-def request(request_id, prompt_len=6, max_tokens=4, **changes):
-    prompt = tuple(random.Random(request_id).choices(range(VOCAB_SIZE), k=prompt_len))
-    fields = {"id": request_id, "prompt": prompt, "max_tokens": max_tokens}
-    return NewRequest(**{"temperature": 0.0, "seed": 0, **fields, **changes})
+def request(request_id, prompt_len=6, max_tokens=4, *, prompt=None, seed=0):
+    drawn = random.Random(request_id).choices(range(VOCAB_SIZE), k=prompt_len)
+    params = SamplingParams(temperature=0, seed=seed)
+    return NewRequest(request_id, tuple(drawn) if prompt is None else prompt, max_tokens, params)
 
 
 class Frontend:
@@ -145,7 +145,9 @@ def test_two_hundred_requests_from_several_threads_all_get_their_own_tokens():
         in_threads(client.submit, news)
         frontend.wait_for_end(*(new.id for new in news))
         for new in news:
-            assert frontend.tokens(new.id) == expected(new.prompt, new.max_tokens, seed=new.seed)
+            assert frontend.tokens(new.id) == expected(
+                new.prompt, new.max_tokens, seed=new.sampling.seed
+            )
         assert client.stats().preemptions > 0
         assert_all_returned(client)
 

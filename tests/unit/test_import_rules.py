@@ -36,7 +36,16 @@ RULES = {
     "duetjax.model": Rule(ours=("duetjax.config", "pallas_kernels"), theirs=("jax", "flax")),
     "duetjax.checkpoint": Rule(
         ours=("duetjax.config", "duetjax.model"),
-        theirs=("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
+        theirs=(
+            "jax",
+            "flax",
+            "numpy",
+            "ml_dtypes",
+            "safetensors",
+            "orbax",
+            "huggingface_hub",
+            "tqdm",
+        ),
     ),
     "duetjax.runtime": Rule(
         ours=("duetjax.config", "duetjax.model", "duetjax.checkpoint", "duetjax.policy.launch"),

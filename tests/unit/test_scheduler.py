@@ -508,6 +508,123 @@ def test_a_preempted_request_that_needs_all_pages_to_end_is_admitted_again():
     assert run.scheduler.stats().preemptions > 0
 
 
+# What a row reports beside its token.
+
+
+def finished(launch, **columns):
+    rows = len(launch.slots)
+    usual = {"tokens": (7,) * rows, "flags": (RowFlag.SAMPLED,) * rows, "logprobs": (-0.5,) * rows}
+    return StepResult(**{**usual, **columns})
+
+
+def test_a_row_that_is_not_finite_ends_its_request_and_no_other():
+    scheduler = Scheduler(limits())
+    for request_id in "ab":
+        scheduler.add(request(request_id, 3))
+    [prefill] = scheduler.plan(0.0)
+    flags = (RowFlag.NON_FINITE, RowFlag.SAMPLED)
+    outputs = scheduler.commit(prefill, finished(prefill, flags=flags), 0.0)
+    assert outputs == (
+        RequestOutput("a", (), FinishReason.ERROR),
+        RequestOutput("b", (7,)),
+    )
+    scheduler.check_integrity()
+    [decode] = scheduler.plan(0.0)
+    assert decode.slots == (1,)
+
+
+def test_a_chunk_that_is_not_finite_ends_its_request_before_the_prompt_has_ended():
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", 18))
+    [prefill] = scheduler.plan(0.0)
+    outputs = scheduler.commit(prefill, finished(prefill, flags=(RowFlag.NON_FINITE,)), 0.0)
+    assert outputs == (RequestOutput("a", (), FinishReason.ERROR),)
+    assert not scheduler.has_work
+    assert scheduler.stats().pages_free == 16
+
+
+def test_a_device_that_stops_where_the_scheduler_does_not_is_our_fault():
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", 3))
+    [prefill] = scheduler.plan(0.0)
+    result = finished(prefill, flags=(RowFlag.SAMPLED | RowFlag.STOPPED,))
+    with pytest.raises(AssertionError, match="STOPPED"):
+        scheduler.commit(prefill, result, 0.0)
+
+
+def test_logprobs_come_with_as_many_alternatives_as_each_request_asked_for():
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", 2, logprobs=2))
+    scheduler.add(request("b", 2, logprobs=0))
+    [prefill] = scheduler.plan(0.0)
+    assert prefill.wants_top
+    top = ((7, -0.5), (8, -1.5), (9, -2.5))
+    a, b = scheduler.commit(prefill, finished(prefill, top=(top, top)), 0.0)
+    assert a.logprobs == (TokenLogprob(-0.5, top[:2]),)
+    assert b.logprobs == (TokenLogprob(-0.5, ()),)
+
+
+def test_alternatives_are_copied_only_by_launches_whose_samples_want_them():
+    run = Run(limits())
+    run.add(request("a", 10, max_tokens=2, logprobs=1), request("b", 4, max_tokens=6))
+    run.finish()
+    wanting = [(new.program, new.slots) for new in run.executor.launches if new.wants_top]
+    assert wanting == [(Program.PREFILL, (0, 1)), (Program.DECODE, (0,))]
+
+
+def test_penalties_take_the_history_along_and_nothing_else_does():
+    run = Run(limits(num_pages=7))
+    run.add(request("a", 8, max_tokens=8), request("b", 8, max_tokens=8, presence_penalty=0.5))
+    run.finish()
+    admitted = [new for launch in run.executor.launches for new in launch.admitted]
+    assert run.scheduler.stats().preemptions == 1
+    assert [bool(new.history) for new in admitted] == [False, True, True]
+    assert admitted[2].history[8:] == run.tokens["b"][: len(admitted[2].history) - 8] != ()
+    assert [new.num_prompt for new in admitted] == [8, 8, 8]
+
+
+# Deterministic launches.
+
+
+def shape_of(launches, prompt):
+    """What a request's launches looked like to its own rows: chunks of its prompt, one bucket."""
+    return [
+        (launch.bucket, launch.starts, launch.counts, launch.tokens)
+        for launch in launches
+        if launch.tokens and launch.tokens[0] in prompt
+    ]
+
+
+def test_deterministic_prompts_are_cut_the_same_whatever_runs_beside_them():
+    bounds = limits(deterministic=True, decode_buckets=(4,), prefill_buckets=(8,))
+    alone, crowd = Run(bounds), Run(bounds)
+    new = request("m", 18)
+    alone.add(new)
+    crowd.add(request("a", 3, max_tokens=9), request("b", 11), new, request("c", 5))
+    alone.finish()
+    crowd.finish()
+    wanted = shape_of(alone.executor.launches, new.prompt)
+    assert [counts for _, _, counts, _ in wanted] == [(8,), (8,), (2,)]
+    assert shape_of(crowd.executor.launches, new.prompt) == wanted
+
+
+def test_deterministic_prefill_and_decode_alternate():
+    run = Run(limits(deterministic=True, decode_buckets=(4,), prefill_buckets=(8,)))
+    run.add(request("a", 3, max_tokens=9), request("b", 20, max_tokens=2))
+    run.finish()
+    programs = [launch.program for launch in run.executor.launches[:6]]
+    assert programs == [Program.PREFILL, Program.DECODE] * 3
+
+
+def test_a_deterministic_request_decodes_again_what_preemption_took_and_sends_it_once():
+    run = Run(limits(num_pages=7, deterministic=True, decode_buckets=(4,), prefill_buckets=(8,)))
+    run.add(request("a", 8, max_tokens=8), request("b", 8, max_tokens=8))
+    run.finish()
+    assert run.scheduler.stats().preemptions > 0
+    prompts = {new.prompt for new in run.added.values()}
+    assert {launch.tokens for launch in run.executor.launches if launch.tokens} == prompts
+
+
 # The order of calls.
 
 
