@@ -179,7 +179,7 @@ def _convert(args: argparse.Namespace) -> int:
     )
     print(
         f"wrote {done.folder}: {done.num_tensors} tensors as {done.format},"
-        f" {done.nbytes / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s"
+        f" {done.nbytes / 1e9:.3g} GB in {time.perf_counter() - started:.1f} s"
     )
     return 0
 

@@ -349,6 +349,9 @@ _RANGES = {
 }
 
 
+type _Biases = Mapping[int, float] | Mapping[str, float] | tuple[tuple[int, float], ...] | None
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends; names and defaults are vLLM's.
@@ -379,9 +382,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | Mapping[str, float] | tuple[tuple[int, float], ...] | None = (
-        None
-    )
+    logit_bias: _Biases = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     seed: int | None = None
@@ -461,11 +462,13 @@ class SamplingParams:
             )
 
 
-def _bias_pairs(given: object) -> tuple[tuple[int, float], ...]:
+def _bias_pairs(given: _Biases) -> tuple[tuple[int, float], ...]:
     """logit_bias as sorted pairs, from a mapping, from such pairs, or from None."""
     wanted = "a mapping of token ids to numbers"
     _check(given is None or isinstance(given, Mapping | tuple), "logit_bias", wanted, given)
-    pairs = list(given.items()) if isinstance(given, Mapping) else list(given or ())
+    pairs: list[tuple[Any, Any]] = list(
+        given.items() if isinstance(given, Mapping) else given or ()
+    )
     if len(pairs) > MAX_LOGIT_BIAS:
         raise InvalidRequest(
             f"logit_bias has {len(pairs)} entries; at most {MAX_LOGIT_BIAS} are possible",

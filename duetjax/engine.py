@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from duetjax.config import DuetJAXError, InvalidRequest
+from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
 from duetjax.policy.launch import Executor
 from duetjax.policy.request import FinishReason, NewRequest, RequestOutput
 from duetjax.policy.scheduler import Scheduler, Stats
@@ -89,7 +89,7 @@ class EngineClient:
         after a failure or shutdown; then it gets no output.
         """
         self._limits.check(new)
-        self._check_token_ids(new.prompt)
+        self._check_token_ids(new)
         with self._wakeup:
             if self._phase is not _Phase.RUNNING:
                 raise EngineDead(self._why_not_running())
@@ -151,18 +151,31 @@ class EngineClient:
             return False
         return True
 
-    def _check_token_ids(self, prompt: tuple[int, ...]) -> None:
+    def _check_token_ids(self, new: NewRequest) -> None:
         """Refuses ids outside [0, vocab_size): the device would clamp them without a word."""
-        if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= self._vocab_size:
+        if len(new.stop_ids) > MAX_STOP_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids and the model's end-of-sequence ids are {len(new.stop_ids)}"
+                f" together; at most {MAX_STOP_IDS} are possible",
+                param="stop_token_ids",
+            )
+        self._check_range(new.prompt, "prompt")
+        self._check_range(new.stop_ids, "stop_token_ids")
+        self._check_range(tuple(token for token, _ in new.sampling.biases), "logit_bias")
+
+    def _check_range(self, ids: tuple[int, ...], param: str) -> None:
+        if not ids:
+            return
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= self._vocab_size:
             at, wrong = next(
                 (i, t)
-                for i, t in enumerate(prompt)
+                for i, t in enumerate(ids)
                 if type(t) is not int or not 0 <= t < self._vocab_size
             )
             raise InvalidRequest(
-                f"prompt token {at} is {wrong!r}; token ids are integers from 0 to"
+                f"{param} token {at} is {wrong!r}; token ids are integers from 0 to"
                 f" {self._vocab_size - 1}",
-                param="prompt",
+                param=param,
             )
 
     def _why_not_running(self) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from duetjax.build import LoadedModel, ModelRequest, load
 from duetjax.config import ConfigError, EngineConfig, InvalidRequest, SamplingParams
 from duetjax.engine import EngineDead
-from duetjax.policy.request import FinishReason
+from duetjax.policy.request import FinishReason, TokenLogprob
 from duetjax.policy.request import RequestOutput as EngineOutput
 from duetjax.text.stream import TextStream
 from duetjax.text.tokenizer import Tokenizer
@@ -55,7 +55,10 @@ class Timings:
 class CompletionOutput:
     """One completion of a prompt.
 
-    finish_reason: "stop" or "length", and "abort" if the LLM was closed meanwhile.
+    finish_reason: "stop" or "length"; "abort" if the LLM was closed meanwhile; "error" if the
+    model computed NaN or infinity for this completion, which then is what came before that.
+    logprobs: one for each of token_ids; None where the parameters do not ask for them. Token ids
+    and logprobs include a token or string that ended the completion, text does not.
     """
 
     index: int
@@ -63,6 +66,7 @@ class CompletionOutput:
     token_ids: tuple[int, ...]
     finish_reason: str
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,15 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of a streamed completion; finish_reason is set on the last one."""
+    """A piece of a streamed completion; finish_reason is set on the last one.
+
+    token_ids and logprobs are told as they are sampled, and may be ahead of the text.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -89,6 +97,7 @@ class _Completion:
 
     stream: TextStream | None
     submitted: float
+    logprobs: list[TokenLogprob] | None
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -109,13 +118,22 @@ class _Completion:
         self.text.append(text)
         self.token_ids += output.token_ids
         self.token_times += [now - self.submitted] * len(output.token_ids)
-        return Delta(text, output.token_ids, self.finish)
+        if self.logprobs is None:
+            return Delta(text, output.token_ids, self.finish)
+        self.logprobs += output.logprobs
+        return Delta(text, output.token_ids, self.finish, output.logprobs)
 
     def output(self, index: int) -> CompletionOutput:
         """The finished completion."""
         assert self.finish is not None, f"completion {index} has not finished"
-        text, ids = "".join(self.text), tuple(self.token_ids)
-        return CompletionOutput(index, text, ids, self.finish, Timings(tuple(self.token_times)))
+        return CompletionOutput(
+            index=index,
+            text="".join(self.text),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish,
+            timings=Timings(tuple(self.token_times)),
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+        )
 
 
 class LLM:
@@ -169,7 +187,8 @@ class LLM:
 
         prompts: a text, a list of token ids, or a list of these. sampling_params: one for all or
         one each; None is the model's defaults. Raises `InvalidRequest` for a prompt or parameter
-        that cannot be served; then nothing of the batch goes on running.
+        that cannot be served; then nothing of the batch goes on running. A completion that fails
+        alone does not raise: its finish_reason is "error", and the others are whole.
         """
         batch = _batch(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
@@ -292,7 +311,8 @@ class _Call:
         completions = []
         name = f"{self._name}-{next(self._ids)}"
         for new in self._model.new_requests(name, prompt, params):
-            completion = _Completion(self._stream(params), time.perf_counter())
+            wanted: list[TokenLogprob] | None = None if params.logprobs is None else []
+            completion = _Completion(self._stream(params), time.perf_counter(), wanted)
             self._live[new.id] = completion
             self._queues[new.id] = self._inbox
             self._model.engine.submit(new)
@@ -306,7 +326,7 @@ class _Call:
             completion = self._live.get(output.id)
             if completion is None:
                 continue  # its stop string came first
-            if output.finish is FinishReason.ERROR:
+            if output.finish is FinishReason.ERROR and self._model.engine.failure is not None:
                 raise EngineDead(f"the engine failed: {self._model.engine.failure!r}")
             delta = completion.take(output, arrived)
             if completion.finish is not None:
@@ -318,7 +338,10 @@ class _Call:
     def _stream(self, params: SamplingParams) -> TextStream | None:
         if self._model.tokenizer is not None:
             return TextStream(
-                self._model.tokenizer, tuple(params.stop or ()), params.include_stop_str_in_output
+                self._model.tokenizer,
+                tuple(params.stop or ()),
+                params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
             )
         if params.stop:
             raise InvalidRequest("stop strings need a model with a tokenizer", param="stop")

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from duetjax.checkpoint.folder import reason, shown
 from duetjax.checkpoint.source import resolve_model
 from duetjax.checkpoint.tensors import Weights
 from duetjax.checkpoint.weights import ORBAX_FOLDER, WeightFormat, read_stored, weight_format
-from duetjax.config import ConfigError, DuetJAXError
+from duetjax.config import ConfigError
 
 _MAX_SHARD_BYTES = 5 * 10**9
-_POLL_S = 0.2
 # Weights, in these and in other programs' formats, with their indexes; all else is copied.
 _WEIGHT_FILES = (
     *(".safetensors", ".index.json"),
@@ -56,16 +54,17 @@ def convert(
     final = Path(os.path.realpath(os.path.expanduser(target)))
     _check_target(folder, final)
     if to is None:
-        orbax = weight_format(folder) is WeightFormat.ORBAX
-        to = WeightFormat.SAFETENSORS if orbax else WeightFormat.ORBAX
+        have = weight_format(folder)
+        [to] = (other for other in WeightFormat if other is not have)
     _check_shard_size(to, max_shard_size)
     stored, tensors = read_stored(folder)
     total = sum(tensor.nbytes for tensor in stored.values())
-    bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=None)
-    with _appearing(final, total) as partial, bar:
+    with _appearing(final, total) as partial, _progress(total) as bar:
         _copy_small_files(folder, partial)
         if to is WeightFormat.ORBAX:
-            _write_orbax(partial, tensors, bar)
+            from duetjax.checkpoint import orbax  # imports jax and takes seconds
+
+            orbax.write_weights(partial / ORBAX_FOLDER, dict(tensors), bar.update)
         else:
             size = max_shard_size or _MAX_SHARD_BYTES
             huggingface.write_weights(partial, stored, _counted(tensors, bar), size)
@@ -99,19 +98,13 @@ def _appearing(final: Path, need: int) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         partial.rename(final)
-    except DuetJAXError:
-        raise
-    except Exception as error:  # Orbax's errors have no common base
+    except OSError as error:
         raise ConfigError(
             f"{shown(final)}: cannot be written ({reason(error)}); free space on its disk, or"
             " choose another folder"
         ) from error
     finally:
-        _remove(partial)
-
-
-def _remove(partial: Path) -> None:
-    partial.unlink() if partial.is_file() else shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_small_files(folder: Path, partial: Path) -> None:
@@ -121,38 +114,11 @@ def _copy_small_files(folder: Path, partial: Path) -> None:
             shutil.copyfile(file, partial / file.name)
 
 
+def _progress(total: int) -> "tqdm[Any]":
+    return tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=None)
+
+
 def _counted(tensors: Weights, bar: "tqdm[Any]") -> Weights:
     for name, value in tensors:
         yield name, value
         bar.update(value.nbytes)
-
-
-def _write_orbax(partial: Path, tensors: Weights, bar: "tqdm[Any]") -> None:
-    """Orbax takes all tensors at once, mapped ones, and tells nothing: the files show how far."""
-    from duetjax.checkpoint import orbax  # imports jax and takes seconds, and needed here only
-
-    with ThreadPoolExecutor(1, "orbax-save") as pool:
-        saving = pool.submit(orbax.write_weights, partial / ORBAX_FOLDER, dict(tensors))
-        try:
-            while not wait([saving], _POLL_S).done:
-                bar.update(min(_size(partial), bar.total) - bar.n)
-        except BaseException:
-            # Orbax's threads cannot be stopped, and make their folder anew where it is removed.
-            # A file in its place fails their next write; leaving the pool waits for that.
-            _remove(partial)
-            partial.touch()
-            raise
-        saving.result()
-        bar.update(bar.total - bar.n)
-
-
-def _size(folder: Path) -> int:
-    """Bytes in the files under a folder that others are writing and renaming."""
-    total = 0
-    for home, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(home, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total

@@ -121,8 +121,9 @@ def write_weights(
     places: dict[str, ShardTensor] = {}
     shards = _shards(stored, max_shard_size)
     for number, names in enumerate(shards, start=1):
-        file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        places |= create(folder / file, {name: stored[name] for name in names})
+        shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = folder / (_SINGLE if len(shards) == 1 else shard)
+        places |= create(file, {name: stored[name] for name in names})
     for name, value in tensors:
         with places[name].file.open("r+b") as stream:
             stream.seek(places[name].offset)

@@ -5,14 +5,18 @@ out, so nothing is compiled and no device is used. What is written here, Orbax a
 `StandardCheckpointer().restore(folder)`.
 """
 
+import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
+import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from duetjax.checkpoint.folder import reason, shown
@@ -28,6 +32,10 @@ from duetjax.config import ModelFolderError
 
 # Tensors are restored together up to this size, as every call to Orbax reads all the names anew.
 _GROUP_BYTES = 2**28
+_ARRAYS_AT_ONCE = 16
+_PATIENCE_S = 60.0
+# How TensorStore, below Orbax, names the operating system's reason in its long messages.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
@@ -71,19 +79,69 @@ def read_stored(checkpoint: Path, stored: Mapping[str, StoredTensor]) -> Weights
             yield name, values.pop(name)
 
 
-def write_weights(checkpoint: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+def write_weights(
+    checkpoint: Path, tensors: Mapping[str, NDArray[Any]], progress: Callable[[int], object]
+) -> None:
     """Writes a new checkpoint, from the arrays themselves: what is mapped is never copied.
 
-    Uncompressed, because compressing would hold the whole model in memory once more. Raises what
-    Orbax raises, of no common base. An interrupt does not stop Orbax's own threads.
+    Uncompressed, because compressing would hold the whole model in memory once more. `progress`
+    is called with the bytes of each tensor that is on disk, in a thread of Orbax. `OSError` where
+    it cannot be written. After an error or interrupt nothing is being written any more.
     """
-    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
-    with _quiet(), ocp.Checkpointer(_handler(type_handler_registry=registry)) as checkpointer:
-        checkpointer.save(checkpoint.absolute(), args=ocp.args.PyTreeSave(dict(tensors)))
+    writer = _Writer(progress)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
+    others = set(threading.enumerate())
+    with _quiet():
+        try:
+            with ocp.Checkpointer(_handler(type_handler_registry=registry)) as checkpointer:
+                checkpointer.save(checkpoint.absolute(), args=ocp.args.PyTreeSave(dict(tensors)))
+        except Exception as error:
+            raise OSError(_cause(error)) from error
+        except KeyboardInterrupt:
+            writer.stop()
+            for thread in set(threading.enumerate()) - others:
+                threading.Thread.join(thread, _PATIENCE_S)  # Orbax's own join raises the fault
+            raise
 
 
-def _handler(**options: Any) -> Any:
+class _Writer(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+    """Orbax's writer of arrays: a few at a time, and none after a fault.
+
+    Orbax's own starts all at once and leaves them running after a fault, in threads that outlive
+    `save`, make a removed folder anew and report to a closed event loop, at length. Here the fault
+    is raised when every array begun has ended. `_open_and_write` is Orbax's name; under another
+    one day, weights would still be written, but without progress and these manners.
+    """
+
+    def __init__(self, progress: Callable[[int], object]) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._progress = progress
+        self._turns = asyncio.Semaphore(_ARRAYS_AT_ONCE)
+        self._left = 0
+        self._fault: Exception | None = None
+
+    async def serialize(self, values: Sequence[NDArray[Any]], *others: object) -> object:
+        self._left = len(values)
+        return await super().serialize(values, *others)
+
+    async def _open_and_write(self, value: NDArray[Any], *others: object) -> None:
+        async with self._turns:
+            if self._fault is None:
+                try:
+                    await super()._open_and_write(value, *others)
+                    self._progress(value.nbytes)
+                except Exception as error:
+                    self._fault = error
+        self._left -= 1
+        if self._left == 0 and self._fault is not None:
+            raise self._fault
+
+    def stop(self) -> None:
+        """Begins no further array, and fails when those begun have ended."""
+        self._fault = InterruptedError("interrupted")
+
+
+def _handler(**options: object) -> ocp.PyTreeCheckpointHandler:
     """Orbax's reader and writer of trees; pinning memory would ask for the accelerator."""
     return ocp.PyTreeCheckpointHandler(
         use_compression=False, enable_pinned_host_transfer=False, **options
@@ -113,7 +171,7 @@ def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
         yield group
 
 
-def _dtype_name(dtype: Any) -> str:
+def _dtype_name(dtype: object) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
@@ -125,9 +183,14 @@ def _explained(checkpoint: Path, action: str) -> Iterator[None]:
             yield
     except Exception as error:
         raise ModelFolderError(
-            f"{shown(checkpoint)}: cannot be {action} as an Orbax checkpoint ({reason(error)});"
+            f"{shown(checkpoint)}: cannot be {action} as an Orbax checkpoint ({_cause(error)});"
             " copy or convert it again"
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    code = _OS_ERROR.search(str(error))
+    return os.strerror(int(code[1])) if code else reason(error)
 
 
 @contextmanager

@@ -123,18 +123,21 @@ def _gather(array: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _top(logits: jax.Array, maxima: jax.Array, k: int) -> _Top:
-    """The k greatest of each row; lower id first where equal, among groups as among elements."""
-    maxima, groups = _sorted(maxima, jax.lax.broadcasted_iota(jnp.int32, maxima.shape, 1))
-    ids = groups[:, :k, None] * _GROUP + jnp.arange(_GROUP)
-    ids = ids.reshape(ids.shape[0], -1)
-    values = jnp.where(ids < logits.shape[1], _gather(logits, ids), -jnp.inf)
-    values, ids = _sorted(values, ids)
-    return _Top(values[:, :k], ids[:, :k], maxima)
+    """The k greatest of each row; where several are the very greatest, the lowest id is first."""
+    maxima, groups = _sorted(maxima)
+    groups = groups[:, :k]
+    ids = (groups[:, :, None] * _GROUP + jnp.arange(_GROUP)).reshape(groups.shape[0], -1)
+    values, places = _sorted(jnp.where(ids < logits.shape[1], _gather(logits, ids), -jnp.inf))
+    values, places = values[:, :k], places[:, :k]
+    return _Top(values, _gather(groups, places // _GROUP) * _GROUP + places % _GROUP, maxima)
 
 
-def _sorted(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    descending, ids = jax.lax.sort((-values, ids), dimension=1, num_keys=2)
-    return -descending, ids
+def _sorted(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Descending, NaN last, and each one's place before; in order of place where equal."""
+    places = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    # Both are keys, so that XLA emits its own sort on every machine and not a library's.
+    negated, places = jax.lax.sort((-values, places), is_stable=False, num_keys=2)
+    return -negated, places
 
 
 def _adjusted(
@@ -202,7 +205,8 @@ def _bit(mask: jax.Array, ids: jax.Array) -> jax.Array:
 def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Array) -> jax.Array:
     """One token of each row's kept set, [B]."""
     floor = _floor(best, params)
-    weights = _weight(_grouped(adjusted), best, floor).sum(-1)
+    # Barrier: XLA would sum the vocabulary once more for the total, and store its weights.
+    weights = jax.lax.optimization_barrier(_weight(_grouped(adjusted), best, floor).sum(-1))
     masses = jnp.exp(best.values - best.values[:, :1])  # of the candidates; the greatest is 1
     beyond = jnp.maximum(params.top_k - _CANDIDATES, 0)
     limit = _limit(weights.sum(-1), masses, beyond, params.top_p)
@@ -277,7 +281,8 @@ def _above(adjusted: jax.Array, best: _Top, values: jax.Array) -> tuple[jax.Arra
 
     One reduction of many operands reads the vocabulary once.
     """
-    weights = jnp.exp(adjusted - best.values[:, :1])
+    # Barrier: XLA would keep the exponentials of the pass before, a whole [B, V], for this one.
+    weights = jnp.exp(adjusted - jax.lax.optimization_barrier(best.values[:, :1]))
     greater = [adjusted > values[:, m, None] for m in range(_PROPOSALS)]
     operands = [jnp.where(mask, weights, 0.0) for mask in greater]
     operands += [mask.astype(jnp.float32) for mask in greater]

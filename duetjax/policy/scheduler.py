@@ -374,7 +374,6 @@ class Scheduler:
             return RequestOutput(request.new.id, (), FinishReason.ERROR)
         assert RowFlag.SAMPLED in flags, f"{request.new.id!r} sampled nothing: {flags!r}"
         request.tokens.append(token)
-        self._generation_tokens += 1
         finish = None
         if token in request.new.stop_ids:
             finish = FinishReason.STOP
@@ -386,8 +385,10 @@ class Scheduler:
         if finish is not None:
             self._end(request)
         if request.num_output <= request.num_sent:
+            assert finish is None, f"{request.new.id!r} ends before what it has sent"
             return None
         request.num_sent = request.num_output
+        self._generation_tokens += 1
         return RequestOutput(request.new.id, (token,), finish, _logprobs(request, row, result))
 
     def _end(self, request: Request) -> None:

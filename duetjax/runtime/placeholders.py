@@ -7,7 +7,6 @@ as XLA asks a handler for nothing but its version while it compiles (xla/ffi/api
 
 import ctypes
 from functools import cache
-from typing import Any
 
 import jax
 
@@ -75,8 +74,7 @@ class _CallFrame(ctypes.Structure):
     )
 
 
-@ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-def _handler(frame_address: int) -> int | None:
+def _answer(frame_address: int) -> int | None:
     """Answers the metadata query with the caller's own version; everything else is an error."""
     frame = _CallFrame.from_address(frame_address)
     api = frame.api.contents
@@ -94,9 +92,13 @@ def _numbers(version: _Version) -> tuple[int, int]:
     return version.major, version.minor
 
 
-def capsule() -> Any:
+_handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_answer)  # XLA keeps its address
+
+
+def capsule() -> object:
     """The handler as `jax.ffi.register_ffi_target` takes it."""
-    return jax.ffi.pycapsule(ctypes.cast(_handler, ctypes.c_void_p))
+    made: object = jax.ffi.pycapsule(ctypes.cast(_handler, ctypes.c_void_p))
+    return made
 
 
 @cache

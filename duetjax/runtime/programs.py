@@ -12,7 +12,7 @@ pad a bucket, and rows that have stopped, write to the dummy page alone.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ class Programs:
         arguments = (weights, state.kv, state.counts, state.progress, tables)
         return self._lower(body, (1, 2), *arguments, *self._inputs(program, size))
 
-    def _inputs(self, program: Program, size: int) -> list[jax.ShapeDtypeStruct]:
+    def _inputs(self, program: Program, size: int) -> list[Any]:
         if program is Program.DECODE:
             return [self._abstract((size,), jnp.int32)]
         rows = self.buckets.prefill_rows
@@ -320,7 +320,8 @@ class Programs:
             progress=self._abstract((rows, PROGRESS_WORDS), jnp.int32),
         )
 
-    def _abstract(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    def _abstract(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Stands for an array while lowering."""
         return self.target.abstract(shape, dtype)
 
 

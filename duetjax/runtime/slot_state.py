@@ -7,12 +7,13 @@ is the dummy: rows that only pad a bucket point to it.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import NDArray
 
 from duetjax.config import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 from duetjax.model.sampling import RowParams
@@ -105,7 +106,7 @@ class HostTables:
     def __init__(self, shapes: SlotShapes) -> None:
         self._shapes = shapes
         rows, words = shapes.rows, shapes.mask_words
-        self._host = {
+        self._host: dict[str, NDArray[Any]] = {
             "params": np.zeros(rows, PARAMS),
             "page_table": np.zeros((rows, shapes.table_width), np.int32),
             "prompt_mask": np.zeros((rows, words), np.uint32),

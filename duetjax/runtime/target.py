@@ -104,7 +104,7 @@ class Target:
         if dump is not None:
             options["xla_dump_to"] = str(dump)
         with self.context():
-            return lowered.compile(options)  # type: ignore[arg-type]  # jax says str, takes bool
+            return lowered.compile(options)
 
 
 def local_target() -> Target:
@@ -156,7 +156,7 @@ def absent_gpu(name: str) -> Target:
 def check_options(target: Target) -> None:
     """Compiles a trivial program with the target's options; takes a fraction of a second.
 
-    Raises `ConfigError` naming an option that this jaxlib does not know.
+    Raises `ConfigError` naming an option that this version of jax does not know.
     """
     with target.context():
         lowered = jax.jit(lambda x: x + 1).lower(target.abstract((8,), np.float32))
@@ -167,7 +167,7 @@ def check_options(target: Target) -> None:
         if not at_fault:
             raise
         raise ConfigError(
-            f"jaxlib {jax.lib.__version__} refuses the compile option {at_fault[0]} for"
+            f"jax {jax.__version__} refuses the compile option {at_fault[0]} for"
             f" {target.name}; install a version within pyproject.toml's bounds"
         ) from error
 

@@ -2,36 +2,61 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from duetjax.config import InvalidRequest, SamplingParams
-from duetjax.policy.request import NewRequest, new_requests
+from duetjax.policy.request import NewRequest, TokenLogprob, new_requests
 from duetjax.serve.context import Service
 from duetjax.serve.errors import model_not_found
 from duetjax.serve.protocol import GenerationBody
 
 _MAX_CHOICES = 64
+# Parameters that the model's defaults stand in for.
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One generation: the index that the client sees, and what ends its text."""
+    """One generation, and the index that the client sees."""
 
     index: int
     new: NewRequest
-    stop: tuple[str, ...]
-    include_stop_str: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a choice's text; offset: where its own text begins in it, in characters."""
+
+    id: int
+    offset: int
+    score: TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of one choice's output; finish_reason is set on its last."""
+    """A piece of one choice's output; finish_reason is set on its last.
+
+    logprobs: where they were asked for, the tokens of `text`. Unlike token_ids, which are told as
+    they are sampled, they wait for text that is held back, and leave out what a stop cuts off.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    logprobs: tuple[ScoredToken, ...] = ()
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """All deltas of one choice, in order, as one."""
+    return Delta(
+        index=deltas[0].index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(t for delta in deltas for t in delta.token_ids),
+        finish_reason=deltas[-1].finish_reason,
+        logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+    )
 
 
 class ReplyFormat(Protocol):
@@ -122,10 +147,7 @@ def make_choices(
             eos_token_ids=service.eos_token_ids,
             room=service.max_model_len - len(prompt),
         )
-    return tuple(
-        Choice(index, new, body.stop, body.include_stop_str_in_output)
-        for index, new in enumerate(requests)
-    )
+    return tuple(Choice(index, new) for index, new in enumerate(requests))
 
 
 def _sampling(
@@ -135,15 +157,25 @@ def _sampling(
     usual_max_tokens: int | None,
 ) -> SamplingParams:
     _check_ids(service, body.stop_token_ids, "stop_token_ids")
-    temperature = service.default_temperature if body.temperature is None else body.temperature
-    return SamplingParams(
+    asked = {name: getattr(body, name) for name in _RECOMMENDED}
+    params = replace(
+        service.defaults,
         n=body.n,
-        temperature=temperature,
-        max_tokens=_fit(service, body, prompt, service.default_max_tokens or usual_max_tokens),
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=body.logit_bias,
+        max_tokens=_fit(service, body, prompt, service.defaults.max_tokens or usual_max_tokens),
+        min_tokens=body.min_tokens,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
+        stop=body.stop,
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        logprobs=body.asked_logprobs,
+        **{name: value for name, value in asked.items() if value is not None},
     )
+    _check_ids(service, [token for token, _ in params.biases], "logit_bias")
+    return params
 
 
 def _fit(service: Service, body: GenerationBody, prompt: tuple[int, ...], usual: int | None) -> int:

@@ -10,7 +10,9 @@ from duetjax.config import ModelFolderError
 from duetjax.serve.call import Call, Delta, check_characters, check_model, make_choices
 from duetjax.serve.context import Service
 from duetjax.serve.errors import HttpError
+from duetjax.serve.logprobs import chat_logprobs
 from duetjax.serve.protocol import ChatBody, ignored_header
+from duetjax.text.tokenizer import Tokenizer
 
 
 def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
@@ -28,6 +30,7 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
     reply = ChatReply(
         head={"id": call_id, "created": int(time.time()), "model": body.model},
         prompt=prompt if body.return_token_ids else None,
+        logprobs_of=service.tokenizer if body.logprobs else None,
     )
     return Call(
         choices=choices,
@@ -53,17 +56,20 @@ def _encode(
 class ChatReply:
     """The chat.completion objects of one call.
 
-    prompt: its token ids, where the client asked for token ids.
+    prompt: its token ids, where the client asked for token ids. logprobs_of: the tokenizer that
+    names the tokens, where it asked for logprobs.
     """
 
     head: dict[str, Any]
     prompt: tuple[int, ...] | None
+    logprobs_of: Tokenizer | None
 
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The response body, without usage."""
         body = {"object": "chat.completion", **self.head}
         body["choices"] = [
             self._choice(c, "message", {"role": "assistant", "content": c.text}, c.finish_reason)
+            | self._logprobs(c)
             for c in choices
         ]
         return body | self._prompt_ids()
@@ -75,10 +81,11 @@ class ChatReply:
             opening = Delta(delta.index, "", ())
             role = {"role": "assistant", "content": ""}
             chunks.append(self._chunk(opening, role, None) | self._prompt_ids())
-        if delta.text or (self.prompt is not None and delta.finish_reason is None):
+        has_content = bool(delta.text or delta.logprobs)
+        if has_content or (self.prompt is not None and delta.finish_reason is None):
             chunks.append(self._chunk(delta, {"content": delta.text}, None))
         if delta.finish_reason is not None:
-            told = Delta(delta.index, "", () if delta.text else delta.token_ids)
+            told = Delta(delta.index, "", () if has_content else delta.token_ids)
             chunks.append(self._chunk(told, {}, delta.finish_reason))
         return chunks
 
@@ -87,7 +94,10 @@ class ChatReply:
         return {"object": "chat.completion.chunk", **self.head, "choices": []}
 
     def _chunk(self, delta: Delta, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        return self.last() | {"choices": [self._choice(delta, "delta", content, finish)]}
+        choice = self._choice(delta, "delta", content, finish)
+        if delta.logprobs:
+            choice |= self._logprobs(delta)
+        return self.last() | {"choices": [choice]}
 
     def _choice(
         self, delta: Delta, key: str, content: dict[str, Any], finish: str | None
@@ -96,6 +106,11 @@ class ChatReply:
         if self.prompt is not None:
             choice["token_ids"] = delta.token_ids
         return choice
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
+        if self.logprobs_of is None:
+            return {}
+        return {"logprobs": chat_logprobs(self.logprobs_of, delta.logprobs)}
 
     def _prompt_ids(self) -> dict[str, Any]:
         return {} if self.prompt is None else {"prompt_token_ids": self.prompt}

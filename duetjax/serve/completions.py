@@ -8,7 +8,9 @@ from typing import Any
 
 from duetjax.serve.call import Call, Delta, check_characters, check_count, check_model, make_choices
 from duetjax.serve.context import Service
+from duetjax.serve.logprobs import completion_logprobs
 from duetjax.serve.protocol import CompletionBody, ignored_header
+from duetjax.text.tokenizer import Tokenizer
 
 _USUAL_MAX_TOKENS = 16  # OpenAI's
 
@@ -30,6 +32,7 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
         | {"model": body.model},
         echoes=tuple(echoes[c.index // body.n] for c in choices) if body.echo else None,
         prompts=tuple(c.new.prompt for c in choices) if body.return_token_ids else None,
+        logprobs_of=None if body.logprobs is None else service.tokenizer,
     )
     return Call(
         choices=choices,
@@ -57,21 +60,26 @@ class CompletionReply:
     """The text_completion objects of one call.
 
     echoes: per choice, the prompt's text to put before the output. prompts: per choice, the
-    token ids to show where the client asked for token ids.
+    token ids to show where the client asked for token ids. logprobs_of: the tokenizer that names
+    the tokens, where it asked for logprobs.
     """
 
     head: dict[str, Any]
     echoes: tuple[str, ...] | None
     prompts: tuple[tuple[int, ...], ...] | None
+    logprobs_of: Tokenizer | None
 
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The response body, without usage."""
-        return self.head | {"choices": [self._choice(c, is_first=True) for c in choices]}
+        whole = [self._choice(c, is_first=True) | self._logprobs(c) for c in choices]
+        return self.head | {"choices": whole}
 
     def chunk(self, delta: Delta, *, is_first: bool) -> list[dict[str, Any]]:
         """One chunk, or none where there is nothing to tell."""
         choice = self._choice(delta, is_first=is_first)
-        if not choice["text"] and delta.finish_reason is None and self.prompts is None:
+        if delta.logprobs:
+            choice |= self._logprobs(delta)
+        elif not choice["text"] and delta.finish_reason is None and self.prompts is None:
             return []
         return [self.head | {"choices": [choice]}]
 
@@ -92,3 +100,8 @@ class CompletionReply:
             if is_first:
                 choice["prompt_token_ids"] = self.prompts[delta.index]
         return choice
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
+        if self.logprobs_of is None:
+            return {}
+        return {"logprobs": completion_logprobs(self.logprobs_of, delta.logprobs)}

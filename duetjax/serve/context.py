@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from duetjax.config import SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.serve.admission import Admission
 from duetjax.serve.dispatch import Dispatcher
@@ -15,8 +16,9 @@ class Service:
 
     model_names: the first is the one that /metrics and the log call it by; requests may use any.
     created: seconds since the epoch, shown at /v1/models. vocab_size: width of the logits.
-    default_temperature, default_max_tokens: generation_config.json's, for requests that name
-    none. api_key: None lets everybody in. ping_seconds: silence after which a stream says so.
+    defaults: of the parameters that a request leaves out, as the model's makers recommend; its
+    max_tokens is None where they recommend none. api_key: None lets everybody in. ping_seconds:
+    silence after which a stream says so.
     """
 
     client: EngineClient
@@ -26,8 +28,7 @@ class Service:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    default_temperature: float = 1.0
-    default_max_tokens: int | None = None
+    defaults: SamplingParams
     api_key: str | None = field(default=None, repr=False)
     ping_seconds: float = 10.0
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from duetjax.serve.body import read_json
-from duetjax.serve.call import Call, Delta
+from duetjax.serve.call import Call, Delta, joined
 from duetjax.serve.context import Context, Service
 from duetjax.serve.generation import Generation
 from duetjax.serve.streaming import send_stream
@@ -55,20 +55,11 @@ async def _answer(
 
 async def _collect(call: Call, generation: Generation) -> Response:
     """The whole response to a call that does not stream."""
-    texts: list[list[str]] = [[] for _ in call.choices]
-    token_ids: list[list[int]] = [[] for _ in call.choices]
-    reasons: list[str | None] = [None] * len(call.choices)
+    deltas: list[list[Delta]] = [[] for _ in call.choices]
     while not generation.is_finished:
         if (delta := await generation.next()) is not None:
-            texts[delta.index].append(delta.text)
-            token_ids[delta.index] += delta.token_ids
-            reasons[delta.index] = delta.finish_reason
-    whole = call.reply.whole(
-        [
-            Delta(index, "".join(text), tuple(ids), reason)
-            for index, (text, ids, reason) in enumerate(zip(texts, token_ids, reasons, strict=True))
-        ]
-    )
+            deltas[delta.index].append(delta)
+    whole = call.reply.whole([joined(own) for own in deltas])
     body = orjson.dumps(whole | {"usage": call.usage(generation.num_tokens)})
     return Response(body, headers=call.headers, media_type="application/json")
 

@@ -43,9 +43,17 @@ def engine_dead(reason: str) -> HttpError:
     return HttpError(500, "engine_dead", reason)
 
 
-def generation_failed() -> HttpError:
-    """500 for a request that failed alone, in an engine that goes on."""
-    return HttpError(500, "generation_failed", "the generation failed; see the server's log")
+def non_finite_logits() -> HttpError:
+    """500 for a request that failed alone, in an engine that goes on.
+
+    The same request would most likely fail again, so official clients are told not to repeat it.
+    """
+    return HttpError(
+        500,
+        "non_finite_logits",
+        "the model computed NaN or infinity for this request; other requests are not affected",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def internal_error() -> HttpError:

@@ -1,16 +1,18 @@
 """The engine requests behind one HTTP call: submitted together, ended together."""
 
 import asyncio
+from collections import deque
 from typing import Self
 
 from duetjax.engine import EngineDead
-from duetjax.policy.request import FinishReason, NewRequest
+from duetjax.policy.request import FinishReason, NewRequest, RequestOutput, TokenLogprob
 from duetjax.serve.admission import shutting_down
-from duetjax.serve.call import Call, Choice, Delta
+from duetjax.serve.call import Call, Choice, Delta, ScoredToken
 from duetjax.serve.context import Context
 from duetjax.serve.dispatch import Arrival, Mail
-from duetjax.serve.errors import HttpError, engine_dead, generation_failed
-from duetjax.text.stream import TextStream
+from duetjax.serve.errors import HttpError, engine_dead, non_finite_logits
+from duetjax.text.stream import TextDelta, TextStream
+from duetjax.text.tokenizer import Tokenizer
 
 _LOST = "the engine has died and the request is lost; see the server's log"
 
@@ -18,12 +20,35 @@ _LOST = "the engine has died and the request is lost; see the server's log"
 class _Progress:
     """One choice under way: its text so far, and when its tokens came."""
 
-    def __init__(self, choice: Choice, text: TextStream) -> None:
+    def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
+        sampling = choice.new.sampling
         self.choice = choice
-        self.text = text
         self.num_tokens = 0
         self.first_at = 0.0
         self.last_at = 0.0
+        self._text = TextStream(
+            tokenizer,
+            tuple(sampling.stop or ()),
+            sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+        )
+        self._scores: deque[tuple[int, TokenLogprob]] = deque()  # tokens not in the text yet
+
+    def take(self, output: RequestOutput) -> tuple[TextDelta, tuple[ScoredToken, ...]]:
+        """The text that a step gives, and its tokens where their logprobs were asked for."""
+        if output.finish is None:
+            delta = self._text.push(output.token_ids)
+        else:
+            at_stop_id = output.finish is FinishReason.STOP
+            delta = self._text.end(output.token_ids, at_stop_id=at_stop_id)
+        if self.choice.new.sampling.logprobs is None:
+            return delta, ()
+        self._scores.extend(zip(output.token_ids, output.logprobs, strict=True))
+        tokens = []
+        for offset in delta.offsets:
+            token_id, score = self._scores.popleft()
+            tokens.append(ScoredToken(token_id, offset, score))
+        return delta, tuple(tokens)
 
 
 class Generation:
@@ -41,11 +66,7 @@ class Generation:
         self._arrived = arrived
         self._ids = [choice.new.id for choice in call.choices]
         self._open = {
-            choice.new.id: _Progress(
-                choice,
-                TextStream(context.service.tokenizer, choice.stop, choice.include_stop_str),
-            )
-            for choice in call.choices
+            choice.new.id: _Progress(choice, context.service.tokenizer) for choice in call.choices
         }
         self._unfinished_because = FinishReason.ABORT
         self.num_tokens = 0
@@ -115,11 +136,7 @@ class Generation:
         if output.token_ids:
             self._observe_tokens(progress, arrival.at, len(output.token_ids))
         finish = output.finish
-        if finish is None:
-            delta = progress.text.push(output.token_ids)
-        else:
-            at_stop_id = finish is FinishReason.STOP
-            delta = progress.text.end(output.token_ids, at_stop_id=at_stop_id)
+        delta, logprobs = progress.take(output)
         if delta.stopped:
             finish = FinishReason.STOP
             if output.finish is None:
@@ -127,7 +144,7 @@ class Generation:
         if finish is not None:
             self._end(progress, finish)
         reason = None if finish is None else finish.value
-        return Delta(choice.index, delta.text, output.token_ids, reason)
+        return Delta(choice.index, delta.text, output.token_ids, reason, logprobs)
 
     def _failure(self, finish: FinishReason) -> HttpError:
         """Why the engine ended a request unasked: it shuts down, has died, or lost this one."""
@@ -135,7 +152,7 @@ class Generation:
             return shutting_down()
         if not self._client.is_healthy:
             return engine_dead(_LOST)
-        return generation_failed()
+        return non_finite_logits()
 
     def _observe_tokens(self, progress: _Progress, at: float, count: int) -> None:
         if progress.num_tokens:

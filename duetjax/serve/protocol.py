@@ -6,6 +6,7 @@ offered are refused unless they hold the value that changes nothing.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from reprlib import repr as short
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -15,19 +16,9 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic.functional_validators import PlainValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from duetjax.config import InvalidRequest
+from duetjax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, InvalidRequest
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "top_p": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "min_tokens": (0,),
     "best_of": (1,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
@@ -78,18 +69,35 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def _biases(value: object) -> dict[str, Any]:
+    """An object of bounded size; keys and values are `SamplingParams`' business."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are possible")
+    return value
+
+
 class GenerationBody(_Body):
-    """The fields that both generating routes share."""
+    """The fields that both generating routes share; ranges are `SamplingParams`' business."""
 
     prompt_field: ClassVar[str]  # where the prompt stands, for errors about its length
 
     model: str
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Annotated[dict[str, Any], PlainValidator(_biases)] = {}
     seed: int | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
-    stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=64)] = []
+    stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=MAX_STOP_IDS)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     n: int = Field(default=1, ge=1, le=8)
@@ -121,6 +129,11 @@ class GenerationBody(_Body):
                 param="max_tokens",
             )
         return new if old is None else old
+
+    @property
+    @abstractmethod
+    def asked_logprobs(self) -> int | None:
+        """How many of the most likely tokens to report beside each one; None for no logprobs."""
 
 
 type PromptInput = tuple[str | tuple[int, ...], ...]
@@ -159,6 +172,19 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[PromptInput, PlainValidator(_prompts)]
     echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """As it says."""
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest(
+                "echo with logprobs is not supported: logprobs are of generated tokens only; leave"
+                " one of them out",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        return self.logprobs
 
 
 def _text(value: object) -> str:
@@ -208,6 +234,15 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=1024)]
     chat_template_kwargs: dict[str, bool | str] = {}
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """top_logprobs, which needs logprobs."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        return self.top_logprobs if self.logprobs else None
 
 
 def _check_neutral(name: str, value: object) -> None:

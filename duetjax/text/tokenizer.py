@@ -10,6 +10,7 @@ import tokenizers
 
 from duetjax.config import InvalidRequest, ModelFolderError
 from duetjax.text.chat_template import ChatTemplate, probe
+from duetjax.text.token_bytes import TokenBytes
 
 # Private-use characters that no message may hold: _MARK breaks a control token that a user typed,
 # _EDGE encloses what stands in for one that the template wrote.
@@ -36,6 +37,7 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
     ) -> None:
         self._backend = _load_backend(tokenizer_json)
+        self._bytes_of = TokenBytes(self._backend)
         self._chat = _ChatEncoder(tokenizer_json)
         self._template = chat_template
         self.has_chat_template = chat_template is not None
@@ -123,6 +125,13 @@ class Tokenizer:
         Ids are in [0, 2**32); those without a token (padded vocabularies) are left out.
         """
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What one token adds to a text, as bytes; None for an id without a token.
+
+        A special token gives its name. Bytes may be a part of a character.
+        """
+        return self._bytes_of(token_id)
 
     def _declared_id(self, key: str, token: str | None) -> int | None:
         if token is None:

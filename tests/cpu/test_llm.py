@@ -1,14 +1,25 @@
 """The Python API on the demo checkpoint: real tokenizer, weights, programs and engine."""
 
 import itertools
+import math
+import random
 import threading
 from dataclasses import replace
 
 import pytest
 from compare import first_differences
+from fake_engine import FakeEngine, continuation
+from fake_executor import top_tokens
+from serve_setup import write_tokenizer
 
+import duetjax.llm
 from duetjax import LLM, SamplingParams
+from duetjax.build import LoadedModel
+from duetjax.checkpoint.generation import GenerationDefaults
 from duetjax.config import ConfigError, InvalidRequest, ModelFolderError
+from duetjax.engine import EngineDead
+from duetjax.policy.request import TokenLogprob
+from duetjax.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "What is TTFT?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -140,6 +151,67 @@ def test_a_tiny_temperature_is_greedy(llm):
     assert cold.outputs[0].token_ids == greedy.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("filtered", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_a_filter_that_keeps_one_token_is_greedy_at_any_temperature(llm, filtered):
+    [greedy] = llm.generate("Decode", GREEDY, use_tqdm=False)
+    params = replace(GREEDY, temperature=2.0, seed=1, **filtered)
+    [hot] = llm.generate("Decode", params, use_tqdm=False)
+    assert hot.outputs[0].token_ids == greedy.outputs[0].token_ids
+
+
+def test_a_bias_forces_a_token_or_keeps_it_out(llm):
+    [free] = llm.generate("Decode", GREEDY, use_tqdm=False)
+    banned = free.outputs[0].token_ids[0]
+    forced = replace(GREEDY, logit_bias={banned + 1: 100, banned: -100}, max_tokens=3)
+    [biased] = llm.generate("Decode", forced, use_tqdm=False)
+    assert biased.outputs[0].token_ids == (banned + 1,) * 3
+
+
+def test_min_tokens_puts_the_end_of_turn_off(llm):
+    params = SamplingParams(temperature=0, max_tokens=96)
+    [answer] = llm.chat(QUESTION, params, use_tqdm=False)
+    length = len(answer.outputs[0].token_ids)
+    assert answer.outputs[0].finish_reason == "stop"
+    params = replace(params, max_tokens=200, min_tokens=length + 3)
+    [longer] = llm.chat(QUESTION, params, use_tqdm=False)
+    assert len(longer.outputs[0].token_ids) > length + 2
+
+
+def test_every_token_has_its_logprob_and_the_likeliest_beside_it(llm):
+    [result] = llm.generate("A page", replace(GREEDY, logprobs=3), use_tqdm=False)
+    [output] = result.outputs
+    assert len(output.logprobs) == len(output.token_ids)
+    for token, entry in zip(output.token_ids, output.logprobs, strict=True):
+        ids, values = zip(*entry.top, strict=True)
+        assert len(set(ids)) == 3
+        assert list(values) == sorted(values, reverse=True)
+        assert entry.top[0] == (token, entry.logprob)  # greedy takes the likeliest
+        assert sum(map(math.exp, values)) <= 1 + 1e-5
+
+
+def test_logprobs_are_the_models_own_whatever_the_parameters_prefer(llm):
+    [plain] = llm.generate("A page", replace(GREEDY, max_tokens=1, logprobs=2), use_tqdm=False)
+    [first] = plain.outputs[0].logprobs
+    second = first.top[1]
+    changed = replace(
+        GREEDY, max_tokens=1, logprobs=0, logit_bias={second[0]: 100}, repetition_penalty=1.5
+    )
+    [biased] = llm.generate("A page", changed, use_tqdm=False)
+    [entry] = biased.outputs[0].logprobs
+    assert biased.outputs[0].token_ids == (second[0],)
+    assert entry.logprob == pytest.approx(second[1], abs=1e-4)
+    assert entry.top == ()
+
+
+def test_ids_that_the_device_could_not_hold_are_refused_by_name(llm):
+    for field, value in (("logit_bias", {10**6: 1}), ("stop_token_ids", [10**6])):
+        with pytest.raises(InvalidRequest, match="token ids are integers") as caught:
+            llm.generate("x", replace(GREEDY, **{field: value}), use_tqdm=False)
+        assert caught.value.param == field
+    with pytest.raises(InvalidRequest, match="at most 16"):
+        llm.generate("x", replace(GREEDY, stop_token_ids=list(range(100, 116))), use_tqdm=False)
+
+
 def test_threads_share_one_engine(llm):
     [wanted] = llm.generate("A slot", GREEDY, use_tqdm=False)
     got = []
@@ -177,3 +249,67 @@ def test_what_cannot_be_built_is_refused_with_the_cure(arguments, error, cure):
     with pytest.raises(error, match=cure) as caught:
         LLM(**arguments)
     assert "\n" not in str(caught.value)
+
+
+# On the alphabet engine: what a person can predict to the digit.
+
+
+@pytest.fixture
+def alphabet(tmp_path, monkeypatch):
+    """An LLM over the fake engine, whose logits after the letter "i" are not finite."""
+    write_tokenizer(tmp_path)
+    engine = FakeEngine()
+    engine.executor.poison(ord("i"))
+    model = LoadedModel(
+        name="alphabet",
+        config=None,
+        tokenizer=Tokenizer.from_folder(tmp_path),
+        generation=GenerationDefaults(),
+        max_model_len=256,
+        engine=engine,
+        _seeds=random.Random(0),
+    )
+    monkeypatch.setattr(duetjax.llm, "load", lambda *_: model)
+    with LLM() as llm:
+        yield llm
+
+
+def test_logprobs_match_token_ids_also_where_a_stop_string_cuts_the_text(alphabet):
+    params = replace(GREEDY, logprobs=2, stop=["de"])
+    [result] = alphabet.generate("a", params, use_tqdm=False)
+    [output] = result.outputs
+    assert (output.text, bytes(output.token_ids)) == ("bc", b"bcde")
+    assert output.logprobs == tuple(TokenLogprob(-0.5, top_tokens(t, 2)) for t in b"bcde")
+    deltas = list(alphabet.stream("a", params))
+    assert [lp for delta in deltas for lp in delta.logprobs] == list(output.logprobs)
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
+
+
+def test_without_being_asked_for_there_are_no_logprobs(alphabet):
+    [result] = alphabet.generate("a", replace(GREEDY, max_tokens=3), use_tqdm=False)
+    assert result.outputs[0].logprobs is None
+    deltas = list(alphabet.stream("a", replace(GREEDY, max_tokens=3)))
+    assert {delta.logprobs for delta in deltas} == {None}
+
+
+def test_a_completion_whose_logits_are_not_finite_says_so_and_the_others_are_whole(alphabet):
+    results = alphabet.generate(["a", "j"], replace(GREEDY, max_tokens=12), use_tqdm=False)
+    sick, well = (result.outputs[0] for result in results)
+    assert (sick.text, sick.finish_reason) == ("bcdefghi", "error")
+    assert (well.text, well.finish_reason) == (continuation("j", 12), "length")
+    *_, last = alphabet.stream("a", GREEDY)
+    assert last.finish_reason == "error"
+    [after] = alphabet.generate("j", replace(GREEDY, max_tokens=2), use_tqdm=False)
+    assert after.outputs[0].text == "kl"
+
+
+def test_an_engine_that_dies_raises(alphabet):
+    alphabet._model.engine.executor.break_down()
+    with pytest.raises(EngineDead, match="broke down"):
+        alphabet.generate(["a", "j"], GREEDY, use_tqdm=False)
+
+
+def test_a_stop_string_does_not_count_before_min_tokens(alphabet):
+    params = replace(GREEDY, stop=["b", "e"], min_tokens=1, max_tokens=9)
+    [result] = alphabet.generate("a", params, use_tqdm=False)
+    assert result.outputs[0].text == "bcd"

@@ -6,7 +6,7 @@ import pytest
 
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.model.kv_pages import KVLayout
-from duetjax.runtime.memory import plan_memory
+from duetjax.runtime.memory import DeviceMemory, kv_bytes, plan_memory
 
 MODEL = ModelConfig.from_hf(
     {
@@ -23,8 +23,12 @@ MODEL = ModelConfig.from_hf(
 PAGE_BYTES = KVLayout.of(MODEL, 1, 64, "float32").page_bytes
 
 
-def plan(**engine):
-    return plan_memory(MODEL, EngineConfig(**engine), "float32")
+GB = 10**9
+H200 = DeviceMemory(total=141 * GB, weights=16 * GB, slots=GB // 10, temporaries=GB)
+
+
+def plan(*, kv_cache_memory_bytes, **engine):
+    return plan_memory(MODEL, EngineConfig(**engine), "float32", kv_cache_memory_bytes)
 
 
 def test_a_page_holds_keys_and_values_of_every_layer():
@@ -54,8 +58,7 @@ def test_an_open_context_is_the_model_s_where_memory_allows():
 
 def test_an_open_context_ends_at_the_sliding_window():
     windowed = replace(MODEL, sliding_window=1024)
-    engine = EngineConfig(kv_cache_memory_bytes=2**30)
-    assert plan_memory(windowed, engine, "float32").max_model_len == 1024
+    assert plan_memory(windowed, EngineConfig(), "float32", 2**30).max_model_len == 1024
 
 
 @pytest.mark.parametrize("memory", [0, PAGE_BYTES, 10 * PAGE_BYTES])
@@ -67,3 +70,32 @@ def test_a_context_that_does_not_fit_names_the_flag_and_the_bytes(memory):
 def test_a_pool_that_rounding_makes_too_small_for_its_context_is_not_rounded():
     made = plan(max_num_seqs=8, max_model_len=64 * 300, kv_cache_memory_bytes=400 * PAGE_BYTES)
     assert made.layout.num_pages - 1 >= 300
+
+
+def test_a_gpu_gives_its_share_less_what_is_taken():
+    engine = EngineConfig(gpu_memory_utilization=0.5)
+    assert kv_bytes(engine, H200, on_host=False) == int(0.5 * 141 * GB) - 17.1 * GB
+
+
+def test_bytes_that_were_asked_for_are_given_where_they_fit():
+    engine = EngineConfig(kv_cache_memory_bytes=100 * GB)
+    assert kv_bytes(engine, H200, on_host=False) == 100 * GB
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_bytes_that_do_not_fit_beside_the_rest_are_refused_with_what_is_left(on_host):
+    engine = EngineConfig(kv_cache_memory_bytes=124 * GB)
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes.*leave 123900000000 bytes"):
+        kv_bytes(engine, H200, on_host=on_host)
+
+
+def test_a_model_that_leaves_no_memory_is_refused_with_the_flags_that_help():
+    crowded = replace(H200, weights=140 * GB)
+    with pytest.raises(ConfigError, match="weights take 140.00 GB.*--dtype bfloat16"):
+        kv_bytes(EngineConfig(), crowded, on_host=True)
+    with pytest.raises(ConfigError, match="--gpu-memory-utilization"):
+        kv_bytes(EngineConfig(gpu_memory_utilization=0.1), H200, on_host=False)
+
+
+def test_the_host_s_pool_is_modest_unless_asked_for():
+    assert kv_bytes(EngineConfig(), H200, on_host=True) == 512 * 2**20

@@ -13,11 +13,13 @@ import httpx
 from fake_engine import END, PATIENCE, FakeEngine
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from duetjax.config import SamplingParams
 from duetjax.serve.context import Service
 from duetjax.serve.server import HttpServer, bind
 from duetjax.text.tokenizer import Tokenizer as ServedTokenizer
 
 MODEL = "alphabet"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=None)
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if enable_thinking %}!{% endif %}"
@@ -58,7 +60,7 @@ def make_service(folder: Path, engine: FakeEngine, **changes) -> Service:
         "max_model_len": 256,
         "vocab_size": END + 1,
         "eos_token_ids": (END,),
-        "default_temperature": 0.0,
+        "defaults": GREEDY,
     }
     return Service(**facts | changes)
 

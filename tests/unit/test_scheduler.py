@@ -97,7 +97,8 @@ class Run:
             if launch.program is Program.DECODE:
                 decoded = {output.id for output in outputs}
             seen += outputs
-        self.check_nobody_starved(decoded, preemptions)
+        if not self.bounds.deterministic:  # there, decoding skips a step for each prompt chunk
+            self.check_nobody_starved(decoded, preemptions)
         for output in seen:
             self.take(output)
         self.steps += 1
@@ -569,7 +570,7 @@ def test_alternatives_are_copied_only_by_launches_whose_samples_want_them():
     run.add(request("a", 10, max_tokens=2, logprobs=1), request("b", 4, max_tokens=6))
     run.finish()
     wanting = [(new.program, new.slots) for new in run.executor.launches if new.wants_top]
-    assert wanting == [(Program.PREFILL, (0, 1)), (Program.DECODE, (0,))]
+    assert wanting == [(Program.PREFILL, (0, 1)), (Program.DECODE, (0, 1))]
 
 
 def test_penalties_take_the_history_along_and_nothing_else_does():

@@ -1,9 +1,13 @@
 """POST /v1/completions over a real socket, mostly through the official client."""
 
+from dataclasses import replace
+
 import openai
 import pytest
 from fake_engine import END, continuation
-from serve_setup import MODEL, serving, write_tokenizer
+from serve_setup import GREEDY, MODEL, serving, write_tokenizer
+
+from duetjax.config import SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +162,48 @@ def test_null_is_the_same_as_left_out(http):
     assert "x-duetjax-ignored" not in response.headers
 
 
+def test_every_sampling_parameter_reaches_the_engine(http, served):
+    asked = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
+        "frequency_penalty": -0.5, "presence_penalty": 2, "logit_bias": {"100": 1.5, "99": -3},
+        "max_tokens": 7, "min_tokens": 3, "seed": 11, "stop": ["!", "?"], "stop_token_ids": [33],
+        "ignore_eos": True, "include_stop_str_in_output": True, "logprobs": 2,
+    }  # fmt: skip
+    assert complete(http, **asked).status_code == 200
+    new = served.engine.requests[-1]
+    assert new.sampling == SamplingParams(**asked)
+    assert new.sampling.biases == ((99, -3.0), (100, 1.5))
+    assert new.stop_ids == (33,)
+
+
+def test_what_is_left_out_is_as_in_the_api(http, served):
+    complete(http, seed=1, max_tokens=16)
+    assert served.engine.requests[-1].sampling == replace(GREEDY, seed=1, max_tokens=16)
+
+
+def test_a_bias_changes_what_is_sampled(http):
+    assert (
+        complete(http, logit_bias={"33": 100}, max_tokens=3).json()["choices"][0]["text"] == "!!!"
+    )
+    banned = complete(http, logit_bias={"101": -100}, max_tokens=3).json()
+    assert banned["choices"][0]["text"] == "dab"
+
+
+def test_neither_the_end_token_nor_a_stop_string_counts_before_min_tokens(http):
+    choice = complete(http, prompt="y", min_tokens=3, max_tokens=30).json()["choices"][0]
+    assert choice["text"] == "za" + continuation("a", 25)
+    choice = complete(http, stop=["d", "hi"], min_tokens=1).json()["choices"][0]
+    assert choice["text"] == "defg"
+    choice = complete(http, stop=["e"], min_tokens=1).json()["choices"][0]
+    assert choice["text"] == "d"
+
+
+def test_min_tokens_above_the_usual_limit_is_refused_with_the_numbers(http):
+    error = complete(http, min_tokens=17).json()["error"]
+    assert error["param"] == "min_tokens"
+    assert "max_tokens 16" in error["message"]
+
+
 def test_values_that_change_nothing_are_accepted(http):
     neutral = {
         "top_p": 1, "top_k": -1, "min_p": 0.0, "frequency_penalty": 0, "presence_penalty": 0.0,
@@ -180,12 +226,14 @@ def test_unknown_fields_are_accepted_and_named_in_a_header(http):
 def test_generation_config_gives_the_defaults_that_a_request_leaves_open(tmp_path):
     write_tokenizer(tmp_path)
     with (
-        serving(tmp_path, default_max_tokens=3, default_temperature=1.0) as served,
+        serving(tmp_path, defaults=SamplingParams(max_tokens=3, top_p=0.5)) as served,
         served.http() as http,
     ):
         assert complete(http, seed=2).json()["choices"][0]["text"] == continuation("c", 3, 1.0, 2)
         asked = complete(http, seed=2, max_tokens=1, temperature=0).json()
         assert asked["choices"][0]["text"] == "d"
+        complete(http, top_p=1)
+        assert [r.sampling.top_p for r in served.engine.requests] == [0.5, 0.5, 1.0]
 
 
 def test_the_default_number_of_tokens_is_cut_to_what_fits(http):

@@ -119,6 +119,15 @@ def test_a_body_that_is_not_a_json_object_is_400(http, path, body):
         ("prompt", [1, 1.5]), ("prompt", [True]), ("prompt", [1, True]), ("prompt", [-1]),
         ("prompt", [257]), ("prompt", [2**31]), ("prompt", [2**70]), ("prompt", [[1], "a"]),
         ("prompt", [[1], [[1]]]), ("prompt", ["a"] * 33), ("prompt", [[1]] * 10**5),
+        ("top_p", 0), ("top_p", 1.5), ("top_p", True), ("top_k", -2), ("top_k", 1.5),
+        ("top_k", 10**18), ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0),
+        ("repetition_penalty", 3), ("frequency_penalty", 2.1), ("presence_penalty", -2.1),
+        ("presence_penalty", "1"), ("min_tokens", -1), ("min_tokens", 17), ("min_tokens", 10**18),
+        ("min_tokens", 1.5), ("logit_bias", []), ("logit_bias", 5), ("logit_bias", {"257": 1}),
+        ("logit_bias", {"-1": 1}), ("logit_bias", {"a\nb": 1}), ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": True}), ("logit_bias", {"5": "1"}), ("logit_bias", {"5": None}),
+        ("logit_bias", {str(i): 1 for i in range(65)}), ("stop_token_ids", list(range(17))),
+        ("logprobs", 6), ("logprobs", -1), ("logprobs", True), ("logprobs", 1.5),
     ],
     ids=lambda value: repr(value)[:24],
 )  # fmt: skip
@@ -153,10 +162,7 @@ def test_a_token_id_beyond_the_logits_never_reaches_the_engine(http):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("top_p", 0.9), ("top_p", True), ("top_k", 5), ("min_p", 0.1), ("frequency_penalty", 1),
-        ("presence_penalty", 0.1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}),
-        ("logprobs", 1), ("logprobs", 0), ("logprobs", True), ("top_logprobs", 3),
-        ("min_tokens", 3), ("best_of", 2), ("suffix", "x"),
+        ("best_of", 2), ("suffix", "x"),
         ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]),
     ],
@@ -168,6 +174,32 @@ def test_a_parameter_not_offered_is_400_with_a_hint(http, route, field, value):
     error = refused(http, route, messages=messages, **{field: value})
     assert (error["code"], error["param"]) == ("unsupported_parameter", field)
     assert "leave it out" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logprobs", 1), ("logprobs", "true"), ("top_logprobs", 21), ("top_logprobs", -1),
+        ("top_logprobs", True), ("top_logprobs", 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_logprobs_of_a_chat_are_asked_for_with_true_and_a_number(http, field, value):
+    messages = [{"role": "user", "content": "a"}]
+    fields = {"logprobs": True} if field == "top_logprobs" and value != 3 else {}
+    error = refused(http, "/v1/chat/completions", messages=messages, **fields | {field: value})
+    assert (error["code"], error["param"]) == ("invalid_value", field)
+
+
+def test_echo_with_logprobs_is_not_offered(http):
+    error = refused(http, echo=True, logprobs=0)
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "echo")
+
+
+def test_stop_ids_are_bounded_together_with_the_end_of_sequence_ids(http):
+    error = refused(http, stop_token_ids=list(range(16)))
+    assert error["param"] == "stop_token_ids"
+    assert "16" in error["message"]
 
 
 def test_a_body_over_the_limit_is_413_whether_its_length_is_declared_or_not(http):

@@ -246,14 +246,14 @@ def test_a_stop_string_inside_a_characters_bytes_is_seen_when_the_character_is_w
 
 def test_a_stopped_stream_says_so_and_gives_nothing_more():
     stream = TextStream(BYTES, ("b",))
-    assert stream.push(words(BYTES, "ab")) == TextDelta("a", True)
-    assert stream.push(words(BYTES, "abc")) == TextDelta("", True)
+    assert stream.push(byte_tokens(b"ab")) == TextDelta("a", True, (0,))
+    assert stream.push(byte_tokens(b"abc")) == TextDelta("", True, ())
     assert (stream.finish(), stream.stopped) == ("", True)
 
 
 def test_a_stop_string_completed_by_the_finish_stops_too():
     stream = TextStream(BYTES, ("a\ufffd",))
-    assert stream.push([*words(BYTES, "xa"), *byte_tokens(b"\xe4")]) == TextDelta("x", False)
+    assert stream.push(byte_tokens(b"xa\xe4")) == TextDelta("x", False, (0,))
     assert (stream.finish(), stream.stopped) == ("", True)
 
 
@@ -263,7 +263,7 @@ def test_a_stop_string_completed_by_the_finish_stops_too():
 )
 def test_the_text_of_a_stop_id_is_hidden_like_a_stop_string(at_stop_id, include, text):
     stream = TextStream(BYTES, (), include)
-    assert stream.push(byte_tokens(b"a")) == TextDelta("a", False)
+    assert stream.push(byte_tokens(b"a")) == TextDelta("a", False, (0,))
     ended = stream.end(byte_tokens(b"b!"), at_stop_id=at_stop_id)
     assert "a" + ended.text == text
 
@@ -271,10 +271,87 @@ def test_the_text_of_a_stop_id_is_hidden_like_a_stop_string(at_stop_id, include,
 def test_the_end_gives_held_back_text_and_unfinished_characters():
     stream = TextStream(BYTES, ("abc",))
     assert stream.push(byte_tokens(b"xab")).text == "x"
-    assert stream.end(byte_tokens("é".encode()[:1])) == TextDelta("ab\ufffd", False)
+    assert stream.end(byte_tokens("é".encode()[:1])) == TextDelta("ab\ufffd", False, (1, 2, 3))
 
 
 def test_a_stop_string_may_be_completed_by_the_last_tokens():
     stream = TextStream(BYTES, ("abc",))
     stream.push(byte_tokens(b"xab"))
-    assert stream.end(byte_tokens(b"cd")) == TextDelta("", True)
+    assert stream.end(byte_tokens(b"cd")) == TextDelta("", True, ())
+
+
+# --- min_tokens and offsets
+
+
+@settings(deadline=None, max_examples=150)
+@given(byte_level_cases(), st.integers(0, 12))
+def test_a_stop_string_counts_only_if_it_ends_after_the_first_min_tokens(case, min_tokens):
+    pushes, stop, include = case
+    stream = TextStream(BYTES, tuple(stop), include, min_tokens=min_tokens)
+    text = "".join(stream.push(ids).text for ids in pushes) + stream.finish()
+    ids = [i for push in pushes for i in push]
+    free = TextStream(BYTES, ())
+    before = free.push(ids[:min_tokens]).text
+    after = free.push(ids[min_tokens:]).text + free.finish()
+    counting = stop if len(ids) > min_tokens else []
+    assert text == cut_after(before, after, counting, include)
+
+
+def cut_after(before, after, stop, include):
+    """The naive oracle: text cut at the first stop string that is complete behind `before`."""
+    for end in range(len(before) + 1, len(before + after) + 1):
+        text = (before + after)[:end]
+        if found := [s for s in stop if text.endswith(s)]:
+            return text[: end if include else end - len(max(found, key=len))]
+    return before + after
+
+
+@settings(deadline=None, max_examples=150)
+@given(byte_level_cases())
+def test_each_token_that_the_text_reaches_is_named_once_in_order(case):
+    pushes, stop, include = case
+    stream = TextStream(BYTES, tuple(stop), include)
+    deltas = [*(stream.push(ids) for ids in pushes), stream.end(())]
+    offsets = [offset for delta in deltas for offset in delta.offsets]
+    text = "".join(delta.text for delta in deltas)
+    count = sum(map(len, pushes))
+    assert offsets == sorted(offsets)
+    if not stream.stopped:
+        assert len(offsets) == count
+    else:
+        assert len(offsets) <= count
+        assert all(offset < len(text) for offset in offsets)
+    sent = 0
+    for delta in deltas[:-1]:
+        assert all(offset < sent + len(delta.text) for offset in delta.offsets)
+        sent += len(delta.text)
+
+
+def test_tokens_of_a_character_are_named_with_it_and_begin_where_it_does():
+    stream = TextStream(BYTES, ())
+    offsets = [stream.push([i]).offsets for i in byte_tokens("a\u4f60b".encode())]
+    assert offsets == [(0,), (), (), (1, 1, 1), (2,)]
+
+
+def test_tokens_of_held_back_text_are_named_when_it_is_given():
+    stream = TextStream(BYTES, ("bcd",))
+    offsets = [stream.push([i]).offsets for i in byte_tokens(b"abcx")]
+    assert offsets == [(0,), (), (), (1, 2, 3)]
+
+
+def test_tokens_of_a_stop_string_are_named_only_if_it_is_kept():
+    for include, offsets in ((False, (0,)), (True, (0, 1, 2))):
+        stream = TextStream(BYTES, ("bc",), include)
+        assert stream.push(byte_tokens(b"abcd")).offsets == offsets
+
+
+def test_a_token_cut_in_the_middle_is_named():
+    stream = TextStream(LONG_TOKEN, ("bc",))
+    assert stream.push([LONG_TOKEN.vocab_size - 1]) == TextDelta("xa", True, (0,))
+
+
+def test_special_tokens_are_named_with_what_follows_them_or_at_the_end():
+    stream = TextStream(BYTES, ())
+    assert stream.push([0]).offsets == ()
+    assert stream.push(byte_tokens(b"a")).offsets == (0, 0)
+    assert stream.end([0, 1], at_stop_id=True).offsets == (1,)

@@ -113,6 +113,31 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing():
     assert tokenizer.decode([tokenizer.vocab_size, *tokenizer.encode("a"), 2**31]) == "a"
 
 
+@EVERY_TOKENIZER
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(st.sampled_from("ab hello\n\u00e9\u4f60\U0001f600\u2581"), max_size=20))
+def test_the_bytes_of_tokens_join_to_the_text_that_they_decode_to(name, text):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    joined = b"".join(tokenizer.token_bytes(i) for i in ids).decode()
+    decoded = tokenizer.decode(ids, skip_special_tokens=False)
+    assert joined in (decoded, " " + decoded)  # sentencepiece drops the first space of a text
+
+
+def test_a_token_inside_a_character_has_its_bytes_alone():
+    for name in ("byte-level", "byte-fallback"):
+        ids = TOKENIZERS[name].encode("\U0001f600", add_special_tokens=False)[-4:]
+        parts = [TOKENIZERS[name].token_bytes(i) for i in ids]
+        assert parts == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
+
+
+@EVERY_TOKENIZER
+def test_a_special_token_is_its_name_and_an_id_beyond_the_vocabulary_nothing(name):
+    tokenizer, specials = TOKENIZERS[name], BACKENDS[name][3]
+    assert [tokenizer.token_bytes(i).decode() for i in range(len(specials))] == list(specials)
+    assert tokenizer.token_bytes(tokenizer.vocab_size) is None
+
+
 def test_vocab_size_is_one_more_than_the_largest_id():
     backend = byte_level()
     backend.add_tokens(["<extra>"])
