@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     `ModelFolderError` if it is no checkpoint of a flat dict of arrays.
     """
     with _explained(checkpoint, "listed"):
-        tree = _handler().metadata(checkpoint.absolute()).tree
+        tree = _reader().metadata(checkpoint.absolute()).tree
     if not isinstance(tree, dict) or not tree:
         raise ModelFolderError(
             f"{shown(checkpoint)}: holds no dict of arrays; save a dict Hugging Face name -> array"
@@ -89,11 +89,10 @@ def write_weights(
     it cannot be written. After an error or interrupt nothing is being written any more.
     """
     writer = _Writer(progress)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
     others = set(threading.enumerate())
     with _quiet():
         try:
-            with ocp.Checkpointer(_handler(type_handler_registry=registry)) as checkpointer:
+            with ocp.Checkpointer(_handler((np.ndarray, writer))) as checkpointer:
                 checkpointer.save(checkpoint.absolute(), args=ocp.args.PyTreeSave(dict(tensors)))
         except Exception as error:
             raise OSError(_cause(error)) from error
@@ -141,10 +140,51 @@ class _Writer(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
         self._fault = InterruptedError("interrupted")
 
 
-def _handler(**options: object) -> ocp.PyTreeCheckpointHandler:
+class _Reader(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+    """Orbax's reader of arrays, whether saved from the host or from devices.
+
+    Orbax's own fails with the first array that is damaged, while others are still being read and
+    then report to a closed event loop, at length. Here all end before the first fault is raised.
+    """
+
+    def __init__(self, typestr: str) -> None:
+        super().__init__()
+        self._typestr = typestr
+
+    def typestr(self) -> str:
+        return self._typestr
+
+    async def metadata(self, infos: Sequence[Any]) -> list[Any]:
+        return await _all([super().metadata([info]) for info in infos])
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        pairs = zip(infos, args, strict=True)
+        return await _all([super().deserialize([info], [arg]) for info, arg in pairs])
+
+
+async def _all(readings: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
+    """The one result of each of `readings`; raises the first fault when all have ended."""
+    results = await asyncio.gather(*readings, return_exceptions=True)
+    values: list[Any] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        values.extend(result)
+    return values
+
+
+def _reader() -> ocp.PyTreeCheckpointHandler:
+    # Found by the first type that fits (np.ndarray, what is asked for) or by name (what was saved).
+    names = {np.ndarray: "np.ndarray", int: "scalar", object: "jax.Array"}
+    return _handler(*((kind, _Reader(name)) for kind, name in names.items()))
+
+
+def _handler(*handlers: tuple[type, object]) -> ocp.PyTreeCheckpointHandler:
     """Orbax's reader and writer of trees; pinning memory would ask for the accelerator."""
     return ocp.PyTreeCheckpointHandler(
-        use_compression=False, enable_pinned_host_transfer=False, **options
+        use_compression=False,
+        enable_pinned_host_transfer=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers),
     )
 
 
@@ -154,7 +194,7 @@ def _restore(checkpoint: Path, names: list[str]) -> dict[str, NDArray[Any]]:
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names},
         partial_restore=True,
     )
-    with _explained(checkpoint, "read"), ocp.Checkpointer(_handler()) as checkpointer:
+    with _explained(checkpoint, "read"), ocp.Checkpointer(_reader()) as checkpointer:
         return dict(checkpointer.restore(checkpoint.absolute(), args=args))
 
 

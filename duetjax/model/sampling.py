@@ -204,24 +204,26 @@ def _bit(mask: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Array) -> jax.Array:
     """One token of each row's kept set, [B]."""
-    floor = _floor(best, params)
-    # Barrier: XLA would sum the vocabulary once more for the total, and store its weights.
-    weights = jax.lax.optimization_barrier(_weight(_grouped(adjusted), best, floor).sum(-1))
-    masses = jnp.exp(best.values - best.values[:, :1])  # of the candidates; the greatest is 1
+    highest, floor = best.values[:, 0], _floor(best, params)
+    weights = _weight(_grouped(adjusted), highest, floor).sum(-1)
+    weights = jax.lax.optimization_barrier(weights)  # else XLA sums the vocabulary twice
+    normaliser = highest + jnp.log(weights.sum(-1))
+    masses = jnp.exp(best.values - normaliser[:, None])  # of the candidates
     beyond = jnp.maximum(params.top_k - _CANDIDATES, 0)
-    limit = _limit(weights.sum(-1), masses, beyond, params.top_p)
+    bound = jnp.where(beyond > 0, masses.sum(-1) + beyond * masses[:, -1], 1.0)
+    top_p = jnp.maximum(params.top_p, _LEAST_TOP_P)
+    limit = jnp.where(top_p < 1, top_p * jnp.minimum(bound, 1.0), jnp.inf)[:, None]
 
     greater = best.values[:, None, :] > best.values[:, :, None]
     above = jnp.where(greater, masses[:, None, :], 0.0).sum(-1)
-    inside = (best.values >= floor[:, None]) & (above < limit[:, None]) & (masses > 0)
+    inside = (best.values >= floor[:, None]) & (above < limit) & (masses > 0)
     chosen = _race(jnp.where(inside, masses, 0.0), _bits(params.seed, position, 0, _CANDIDATES))
 
-    tokens, values = _proposals(adjusted, weights, best, floor, params.seed, position)
-    mass, count = _above(adjusted, best, values)
-    accepted = (mass < limit[:, None]) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
-    first = jnp.argmax(accepted, axis=1)
+    tokens = _proposals(adjusted, weights, (highest, floor), params.seed, position)
+    mass, count = _above(adjusted, normaliser, tokens)
+    accepted = (mass < limit) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
     is_open = inside[:, -1] & accepted.any(1)
-    return jnp.where(is_open, _pick(tokens, first), _pick(best.ids, chosen))
+    return jnp.where(is_open, _pick(tokens, accepted.argmax(1)), _pick(best.ids, chosen))
 
 
 def _floor(best: _Top, params: RowParams) -> jax.Array:
@@ -233,58 +235,58 @@ def _floor(best: _Top, params: RowParams) -> jax.Array:
     return jnp.where(params.top_k > 0, jnp.maximum(lowest, cut), lowest)
 
 
-def _limit(total: jax.Array, masses: jax.Array, beyond: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The mass above a logit at which top_p ends, [B]; total: the mass not below the floor."""
-    bound = masses.sum(-1) + beyond * masses[:, -1]
-    total = jnp.where(beyond > 0, jnp.minimum(total, bound), total)
-    return jnp.where(top_p < 1, jnp.maximum(top_p, _LEAST_TOP_P) * total, jnp.inf)
-
-
-def _weight(logits: jax.Array, best: _Top, floor: jax.Array) -> jax.Array:
-    kept = logits >= floor[:, None, None]
-    return jnp.where(kept, jnp.exp(logits - best.values[:, :1, None]), 0.0)
+def _weight(logits: jax.Array, highest: jax.Array, floor: jax.Array) -> jax.Array:
+    """Probability as a share of the highest's, 0 below the floor; logits [B, n, m]."""
+    shares = jnp.exp(logits - highest[:, None, None])
+    return jnp.where(logits >= floor[:, None, None], shares, 0.0)
 
 
 def _proposals(
     adjusted: jax.Array,
     weights: jax.Array,
-    best: _Top,
-    floor: jax.Array,
+    bounds: tuple[jax.Array, jax.Array],
     seed: jax.Array,
     position: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Independent draws from the logits not below the floor: ids and logits, [B, _PROPOSALS].
+) -> jax.Array:
+    """Ids drawn independently from the logits not below the floor, [B, _PROPOSALS].
 
-    weights [B, G]: the groups' masses. Three short races, for the chunk of groups, the group and
-    the element, in place of one over the vocabulary.
+    weights [B, G]: of the groups; bounds: highest logit and floor. Three short races, for the chunk
+    of groups, the group and the element, in place of one over the vocabulary.
     """
-    rows = weights.shape[0]
-    chunks = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _GROUP))).reshape(rows, -1, _GROUP)
-    num_chunks = chunks.shape[1]
+    num_rows, num_groups = weights.shape
+    weights = jnp.pad(weights, ((0, 0), (0, -num_groups % _GROUP)))
+    chunks = weights.reshape(num_rows, -1, _GROUP).sum(-1)
 
     def raced(stream: int, among: jax.Array) -> jax.Array:
         bits = _bits(seed, position, stream, _PROPOSALS * among.shape[2])
-        return _race(among, bits.reshape(rows, _PROPOSALS, -1))
+        return _race(among, bits.reshape(num_rows, _PROPOSALS, -1))
 
-    chunk = raced(1, jnp.broadcast_to(chunks.sum(-1)[:, None], (rows, _PROPOSALS, num_chunks)))
-    group = chunk * _GROUP + raced(2, jnp.take_along_axis(chunks, chunk[:, :, None], 1))
-    ids = group[:, :, None] * _GROUP + jnp.arange(_GROUP)
-    values = _gather(adjusted, ids.reshape(rows, -1)).reshape(ids.shape)
-    values = jnp.where(ids < adjusted.shape[1], values, -jnp.inf)
-    element = raced(3, _weight(values, best, floor))
-    token = group * _GROUP + element
-    return token, _gather(adjusted, token)
+    chunk = raced(1, jnp.broadcast_to(chunks[:, None], (num_rows, _PROPOSALS, chunks.shape[1])))
+    group = chunk * _GROUP + raced(2, _members(weights, chunk, 0.0))
+    element = raced(3, _weight(_members(adjusted, group, -jnp.inf), *bounds))
+    return group * _GROUP + element
 
 
-def _above(adjusted: jax.Array, best: _Top, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mass and number of the logits strictly greater than each of `values`, [B, _PROPOSALS].
+def _members(array: jax.Array, block: jax.Array, beyond: float) -> jax.Array:
+    """The elements [B, n, _GROUP] of blocks [B, n] of the array [B, m]; `beyond` its end."""
+    places = (block[:, :, None] * _GROUP + jnp.arange(_GROUP)).reshape(block.shape[0], -1)
+    members = jnp.where(places < array.shape[1], _gather(array, places), beyond)
+    return members.reshape(*block.shape, _GROUP)
 
-    One reduction of many operands reads the vocabulary once.
+
+def _above(
+    adjusted: jax.Array, normaliser: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mass and number of the logits greater than each token's, [B, _PROPOSALS].
+
+    One reduction of many operands reads the vocabulary once. Probabilities are compared, not
+    logits, so that the logits' memory can hold them; a millionth more counts as equal, since one
+    exponential computed in two places may differ in its last bit.
     """
-    # Barrier: XLA would keep the exponentials of the pass before, a whole [B, V], for this one.
-    weights = jnp.exp(adjusted - jax.lax.optimization_barrier(best.values[:, :1]))
-    greater = [adjusted > values[:, m, None] for m in range(_PROPOSALS)]
-    operands = [jnp.where(mask, weights, 0.0) for mask in greater]
+    probabilities = jnp.exp(adjusted - normaliser[:, None])
+    values = _gather(probabilities, tokens) * (1 + 1e-6)
+    greater = [probabilities > values[:, m, None] for m in range(_PROPOSALS)]
+    operands = [jnp.where(mask, probabilities, 0.0) for mask in greater]
     operands += [mask.astype(jnp.float32) for mask in greater]
     zeros = [jnp.float32(0)] * len(operands)
     sums = jax.lax.reduce(

@@ -25,7 +25,7 @@ class _Counter:
                 jax.monitoring.register_event_duration_secs_listener(self._listen)
                 self._installed = True
 
-    def _listen(self, event: str, _seconds: float, **_: str | int) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT:
             with self._lock:
                 self.count += 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax._src.lib import _jax
+from jax._src.lib import _jax  # type: ignore[attr-defined]
 
 from duetjax.model.kv_pages import KVLayout
 from duetjax.runtime.hlo_text import Instruction, instructions

@@ -23,12 +23,20 @@ from jax.typing import DTypeLike
 from duetjax.config import ConfigError
 from duetjax.runtime.placeholders import register_placeholders
 
-type Option = str | bool
+type Option = str | bool | int
 
 CUDA_OPTIONS: Mapping[str, Option] = MappingProxyType(
-    {"xla_gpu_enable_command_buffer": "", "xla_gpu_enable_pdl": False}
+    {
+        "xla_gpu_enable_command_buffer": "",
+        "xla_gpu_enable_pdl": False,
+        "xla_gpu_memory_limit_slop_factor": 400,
+    }
 )
-"""The launcher captures programs itself: no graphs or dependent launches of XLA's own in them."""
+"""The launcher captures programs itself: no graphs or dependent launches of XLA's own in them.
+
+And memory is planned by us: XLA counts a KV pool that custom calls update in place twice over, and
+with a large one would compute values again, in vain, to make room.
+"""
 
 _PLUGIN_SWITCH = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 _VERSIONS = {

@@ -177,7 +177,8 @@ def header() -> dict[str, object]:
 
 
 def read_table() -> dict[str, object]:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    empty = {"versions": {}, "targets": {}, "programs": {}}
+    return json.loads(TABLE.read_text()) if TABLE.exists() else empty
 
 
 def write_table(head: dict[str, object], rows: dict[str, dict[str, Row]]) -> None:
@@ -187,7 +188,7 @@ def write_table(head: dict[str, object], rows: dict[str, dict[str, Row]]) -> Non
 def renew(everything: bool) -> dict[str, dict[str, Row]]:
     """The rows of all programs, those that are still true taken from the table."""
     head, old = header(), read_table()
-    kept = old.get("programs", {}) if head.items() <= old.items() else {}
+    kept = old["programs"] if head.items() <= old.items() else {}
     kept = {} if everything else kept
     rows: dict[str, dict[str, Row]] = {}
     total, done = len(PAIRS) * len(BUCKETS), 0

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.skipif(not HAS_CUDA_WHEELS, reason=WHY_NOT)
 
 LAYOUT = KVLayout(128, 16, 2, 64, 2, "bfloat16")
 RENEW = "run `make check-device` and commit the table"
+ONE_GPU_EACH = tuple({model: (model, gpu) for model, gpu in reversed(PAIRS)}.values())
+"""Lowering knows the model and not the GPU, so that one GPU's programs stand for the others'."""
 COMPILED_ANEW = (SAMPLED, (Program.PREFILL, 512))
 
 
@@ -183,10 +185,10 @@ def test_the_table_has_every_program_and_none_breaks_a_rule():
     assert broken == {}
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("names", ONE_GPU_EACH, ids="-".join)
 def test_the_table_describes_the_programs_as_they_are(names):
     table, pair = read_table(), Pair(*names)
-    if table["versions"]["jax"] != jax.__version__:
+    if table["versions"].get("jax") != jax.__version__:
         return  # another jax writes programs differently; the next test checks some of them
     rows = table["programs"][pair.name]
     stale = [
@@ -201,11 +203,17 @@ def test_the_table_describes_the_programs_as_they_are(names):
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_a_serving_program_compiles_to_what_the_table_says(names, key):
     table, pair = read_table(), Pair(*names)
-    facts = pair.inspect(key, pair.lower(key))
+    lowered = pair.lower(key)
+    facts = pair.inspect(key, lowered)
     assert broken_rules(pair, key, facts) == []
     if table["versions"] == versions():
         assert table["targets"] == header()["targets"], RENEW
+        found = {
+            "sha256": text_hash(lowered),
+            "entries": len(facts.thunks),
+            "temp_bytes": facts.temp_bytes,
+            "alias_bytes": facts.alias_bytes,
+            "flops": facts.flops,
+        }
         row = table["programs"][pair.name][key_name(key)]
-        found = (len(facts.thunks), facts.temp_bytes, facts.alias_bytes, facts.flops)
-        said = tuple(row[name] for name in ("entries", "temp_bytes", "alias_bytes", "flops"))
-        assert found == said, RENEW
+        assert found == {name: row[name] for name in found}, RENEW

@@ -240,7 +240,7 @@ def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(llm):
         ({"max_model_len": 100_000}, ConfigError, "--max-model-len 4096"),
         ({"kv_cache_memory_bytes": 1000}, ConfigError, "--kv-cache-memory-bytes"),
         ({"page_size": 48}, ConfigError, "16, 32, 64 or 128"),
-        ({"gpu_memory_utilization": 0.9}, ConfigError, "max_num_seqs"),
+        ({"tensor_parallel_size": 2}, ConfigError, "max_num_seqs"),
         ({"model": "./nowhere"}, ModelFolderError, "no such folder"),
         ({"model": "qwen3-8b"}, ModelFolderError, "--load-format dummy"),
     ],
