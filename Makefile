@@ -8,14 +8,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types lock newest
+.PHONY: help setup demo test lint types check-device lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
 LOCKED_JAX := 0.11.2
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(VENV)/.installed  ## make .venv with the run-time packages
 
@@ -31,6 +31,9 @@ lint: $(VENV)/.installed-dev  ## ruff's rules and format
 
 types: $(VENV)/.installed-dev  ## mypy --strict
 	$(PY) -m mypy
+
+check-device: $(VENV)/.installed-dev  ## compile every program for GPUs that are absent, renew the table
+	$(PY) tests/cpu/device_table.py
 
 lock:  ## resolve both lock files anew, with jax at LOCKED_JAX
 	[[ -x build/lock/bin/uv ]] || \

@@ -28,10 +28,10 @@ from duetjax.checkpoint.source import (
 )
 from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
+from duetjax.model.decoder import Definition
 from duetjax.policy.launch import Program
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler, SchedulerLimits
-from duetjax.model.decoder import Definition
 from duetjax.runtime import compilations
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import Executables, JaxExecutor
@@ -105,7 +105,7 @@ def load(
     _log.info(source.description)
     if source.generation.ignored:
         _log.warning(
-            "generation_config.json: %s not supported yet, ignored",
+            "generation_config.json: %s not supported, ignored",
             ", ".join(source.generation.ignored),
         )
     tokenizer = _tokenizer(source, request)

@@ -13,6 +13,7 @@ from typing import Any
 
 from duetjax.config import ConfigError, DuetJAXError, EngineConfig, SamplingParams
 
+_CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
 _EPILOG = "With no --model, duetjax uses the small demo checkpoint that ships with it."
 
 
@@ -44,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--max-tokens", type=int, help="default: until the context is full")
     generate.add_argument("--temperature", type=float, help="0 is greedy; default: the model's")
+    generate.add_argument("--top-p", type=float, help="default: the model's")
+    generate.add_argument("--top-k", type=int, help="default: the model's")
+    generate.add_argument("--min-p", type=float, help="default: the model's")
     generate.add_argument("--stop", action="append", default=[], help="end before this text")
     _add_engine_flags(generate)
     generate.set_defaults(run=_generate)
@@ -106,9 +110,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
 def _generate(args: argparse.Namespace) -> int:
     from duetjax.llm import LLM
 
-    params = SamplingParams(
-        temperature=args.temperature or 0.0, max_tokens=args.max_tokens, stop=args.stop
-    )
+    chosen = {name: value for name in _CHOICES if (value := getattr(args, name)) is not None}
+    params = SamplingParams(**chosen, max_tokens=args.max_tokens, stop=args.stop)  # checked early
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     llm = LLM(
         args.model,
@@ -118,9 +121,8 @@ def _generate(args: argparse.Namespace) -> int:
         **_engine_settings(args),
     )
     with llm:
-        if args.temperature is None:
-            recommended = llm.get_default_sampling_params().temperature
-            params = replace(params, temperature=recommended)
+        defaults = llm.get_default_sampling_params()
+        params = replace(defaults, **chosen, max_tokens=params.max_tokens, stop=params.stop)
         if args.raw or not llm.has_chat_template:
             deltas = llm.stream(prompt, params)
         else:
@@ -133,6 +135,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from duetjax.build import ModelRequest, load
+    from duetjax.runtime import compilations
     from duetjax.serve.context import Service
     from duetjax.serve.server import HttpServer, bind
 
@@ -152,8 +155,8 @@ def _serve(args: argparse.Namespace) -> int:
             max_model_len=model.max_model_len,
             vocab_size=model.config.vocab_size,
             eos_token_ids=model.generation.eos_token_ids,
-            default_temperature=model.defaults.temperature,
-            default_max_tokens=model.generation.max_tokens,
+            defaults=model.generation.sampling,
+            compilations=compilations.count,
             api_key=args.api_key,
         )
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams, StepResult, Ticket

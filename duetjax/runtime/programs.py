@@ -320,7 +320,7 @@ class Programs:
             progress=self._abstract((rows, PROGRESS_WORDS), jnp.int32),
         )
 
-    def _abstract(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    def _abstract(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:  # noqa: ANN401
         """Stands for an array while lowering."""
         return self.target.abstract(shape, dtype)
 

@@ -34,7 +34,10 @@ def create_app(service: Service) -> Starlette:
     `app.state.context` is the `Context` that the routes share.
     """
     context = Context(
-        service, Dispatcher(), Admission(), Metrics(service.client, service.model_names[0])
+        service,
+        Dispatcher(),
+        Admission(),
+        Metrics(service.client, service.model_names[0], service.compilations),
     )
 
     @asynccontextmanager

@@ -1,5 +1,6 @@
 """What the routes of one endpoint share: the engine, the model's facts, and the bookkeeping."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from duetjax.config import SamplingParams
@@ -17,8 +18,9 @@ class Service:
     model_names: the first is the one that /metrics and the log call it by; requests may use any.
     created: seconds since the epoch, shown at /v1/models. vocab_size: width of the logits.
     defaults: of the parameters that a request leaves out, as the model's makers recommend; its
-    max_tokens is None where they recommend none. api_key: None lets everybody in. ping_seconds:
-    silence after which a stream says so.
+    max_tokens is None where they recommend none. compilations: how many programs XLA has compiled
+    in this process. api_key: None lets everybody in. ping_seconds: silence after which a stream
+    says so.
     """
 
     client: EngineClient
@@ -29,6 +31,7 @@ class Service:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     defaults: SamplingParams
+    compilations: Callable[[], int]
     api_key: str | None = field(default=None, repr=False)
     ping_seconds: float = 10.0
 

@@ -1,6 +1,6 @@
 """The series at /metrics: vLLM's names and buckets where vLLM has them, our own as duetjax_*."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,9 +26,11 @@ _REQUEST_BUCKETS = (
 class Metrics:
     """One app's registry: what it observes per request, and the engine's own counts at scrape."""
 
-    def __init__(self, client: EngineClient, model_name: str) -> None:
+    def __init__(
+        self, client: EngineClient, model_name: str, compilations: Callable[[], int]
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(client, model_name))
+        self.registry.register(_EngineCollector(client, model_name, compilations))
         self._model_name = model_name
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the request's arrival", _TTFT_BUCKETS
@@ -66,8 +68,11 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads the engine's stats when scraped, so that they are never older than the scrape."""
 
-    def __init__(self, client: EngineClient, model_name: str) -> None:
+    def __init__(
+        self, client: EngineClient, model_name: str, compilations: Callable[[], int]
+    ) -> None:
         self._client = client
+        self._compilations = compilations
         self._labels = {"model_name": model_name}
 
     def collect(self) -> Iterator[Metric]:
@@ -84,6 +89,8 @@ class _EngineCollector(Collector):
         pages.add_metric(["free"], stats.pages_free)
         pages.add_metric(["held"], held)
         yield pages
+        compiled = "Programs compiled by XLA in this process; constant once it serves"
+        yield CounterMetricFamily("duetjax_compilations", compiled, self._compilations())
 
     def _gauge(self, name: str, documentation: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, documentation, labels=list(self._labels))

@@ -85,13 +85,13 @@ def test_bytes_that_were_asked_for_are_given_where_they_fit():
 @pytest.mark.parametrize("on_host", [False, True])
 def test_bytes_that_do_not_fit_beside_the_rest_are_refused_with_what_is_left(on_host):
     engine = EngineConfig(kv_cache_memory_bytes=124 * GB)
-    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes.*leave 123900000000 bytes"):
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes.*leave 123900000000 bytes"):
         kv_bytes(engine, H200, on_host=on_host)
 
 
 def test_a_model_that_leaves_no_memory_is_refused_with_the_flags_that_help():
     crowded = replace(H200, weights=140 * GB)
-    with pytest.raises(ConfigError, match="weights take 140.00 GB.*--dtype bfloat16"):
+    with pytest.raises(ConfigError, match=r"weights take 140.00 GB.*--dtype bfloat16"):
         kv_bytes(EngineConfig(), crowded, on_host=True)
     with pytest.raises(ConfigError, match="--gpu-memory-utilization"):
         kv_bytes(EngineConfig(gpu_memory_utilization=0.1), H200, on_host=False)

@@ -61,6 +61,7 @@ def make_service(folder: Path, engine: FakeEngine, **changes) -> Service:
         "vocab_size": END + 1,
         "eos_token_ids": (END,),
         "defaults": GREEDY,
+        "compilations": lambda: 10,
     }
     return Service(**facts | changes)
 
