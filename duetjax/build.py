@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from duetjax.checkpoint.dummy import dummy_weights
 from duetjax.checkpoint.generation import GenerationDefaults
-from duetjax.checkpoint.huggingface import read_weights
+from duetjax.checkpoint.weights import read_weights
 from duetjax.checkpoint.source import (
     LoadFormat,
     ModelSource,

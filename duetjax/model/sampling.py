@@ -153,12 +153,6 @@ def _adjusted(
     Biased and stop ids are few: their values are computed apart and written over the others'.
     """
     size = logits.shape[1]
-    dense = _penalised(
-        jnp.where(_unpacked(allowed, size), logits, -jnp.inf),
-        counts,
-        _unpacked(prompt_mask, size),
-        params,
-    )
     stops = jnp.where((position < params.min_position)[:, None], params.stop_ids, -1)
     ids = jnp.concatenate([params.bias_ids, stops], axis=1)
     bias = jnp.concatenate([params.bias_values, jnp.full(stops.shape, -jnp.inf)], axis=1)
@@ -170,9 +164,25 @@ def _adjusted(
         _bit(prompt_mask, ids),
         params,
     )
+    dense = _penalised(
+        jnp.where(_unpacked(allowed, size), logits, -jnp.inf),
+        counts,
+        _unpacked(prompt_mask, size),
+        params,
+    )
+    entry = _entries(ids, size)
+    return jnp.where(entry < 0, dense, _gather(sparse, entry.astype(jnp.int32)))
+
+
+def _entries(ids: jax.Array, size: int) -> jax.Array:
+    """Which of `ids` [B, n] each id of the vocabulary is, -1 if none, int8 [B, size].
+
+    Scattered apart from the logits: they are then written once, and their memory is reused.
+    """
+    entries = jnp.arange(ids.shape[1], dtype=jnp.int8)
     target = jnp.where(ids < 0, size, ids)  # a negative index would count from the end
-    rows = jnp.arange(ids.shape[0])[:, None]
-    return dense.at[rows, target].set(sparse, mode="drop")
+    none = jnp.full((ids.shape[0], size), -1, jnp.int8)
+    return none.at[jnp.arange(ids.shape[0])[:, None], target].set(entries, mode="drop")
 
 
 def _penalised(

@@ -117,7 +117,7 @@ def host_target() -> str:
     except OSError:
         facts = []
     if not any(line.startswith(("flags", "Features")) for line in facts):
-        facts += [platform.processor(), *platform.uname()]
+        facts += platform.uname()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return f"cpu {platform.machine()} {cores} cores {digest[:32]}"
@@ -236,7 +236,7 @@ def _line(error: Exception) -> str:
 def _parameters(lowered: jax.stages.Lowered) -> int:
     module = lowered.compiler_ir("stablehlo")
     assert module is not None, "every jit lowers to StableHLO"
-    mains = [op for op in module.body.operations if op.name.value == "main"]
+    mains = [op for op in module.body.operations if str(op.name) == '"main"']
     assert len(mains) == 1, f"{len(mains)} functions named main in a module"
     return len(mains[0].type.inputs)
 

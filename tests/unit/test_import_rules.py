@@ -33,7 +33,7 @@ RULES = {
     "duetjax.policy": Rule(ours=("duetjax.config",), never=CLOCKS),
     "duetjax.text": Rule(ours=("duetjax.config",), theirs=("tokenizers", "minijinja")),
     "pallas_kernels": Rule(theirs=("jax",)),
-    "duetjax.model": Rule(ours=("duetjax.config", "pallas_kernels"), theirs=("jax", "flax")),
+    "duetjax.model": Rule(ours=("duetjax.config",), theirs=("jax", "flax", "numpy")),
     "duetjax.checkpoint": Rule(
         ours=("duetjax.config", "duetjax.model"),
         theirs=(
@@ -61,6 +61,7 @@ RULES = {
             "duetjax.policy",
             "duetjax.runtime",
             "duetjax.text",
+            "pallas_kernels",
         ),
         theirs=("jax", "numpy", "tqdm"),
     ),
