@@ -1,11 +1,15 @@
 """Makes the tests' own modules (`compare`, `golden`, fakes) importable by name.
 
+Programs compiled in one test are found in the store by the next, in other processes too; the folder
+is this run's own.
+
 In CI, hypothesis draws the same examples every time: a submission is judged by its change. Run
 without CI=true it goes on looking for new ones.
 """
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from hypothesis import settings
@@ -20,3 +24,9 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI") == "true":
     settings.load_profile("ci")
+
+
+def pytest_configure(config):
+    folder = tempfile.TemporaryDirectory(prefix="duetjax-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["DUETJAX_CACHE_DIR"] = folder.name

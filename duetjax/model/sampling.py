@@ -15,6 +15,7 @@ And with top_k > 64 and top_p < 1 together, top_p is a share of an upper bound o
 top_k keeps (the candidates, and for the others the last candidate's probability each).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ _GREEDY_BELOW = 1e-5  # dividing logits by less would overflow; vLLM draws the l
 _GROUP = 64
 _CANDIDATES = 64  # with _GROUP at most 4096 elements to sort: one kernel
 _PROPOSALS = 16
+_PER_PASS = 4
 _NUM_TOP = 20
 _LEAST_TOP_P = 1e-9  # keeps the greatest logit
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -153,6 +155,12 @@ def _adjusted(
     Biased and stop ids are few: their values are computed apart and written over the others'.
     """
     size = logits.shape[1]
+    dense = _penalised(
+        jnp.where(_unpacked(allowed, size), logits, -jnp.inf),
+        counts,
+        _unpacked(prompt_mask, size),
+        params,
+    )
     stops = jnp.where((position < params.min_position)[:, None], params.stop_ids, -1)
     ids = jnp.concatenate([params.bias_ids, stops], axis=1)
     bias = jnp.concatenate([params.bias_values, jnp.full(stops.shape, -jnp.inf)], axis=1)
@@ -164,25 +172,9 @@ def _adjusted(
         _bit(prompt_mask, ids),
         params,
     )
-    dense = _penalised(
-        jnp.where(_unpacked(allowed, size), logits, -jnp.inf),
-        counts,
-        _unpacked(prompt_mask, size),
-        params,
-    )
-    entry = _entries(ids, size)
-    return jnp.where(entry < 0, dense, _gather(sparse, entry.astype(jnp.int32)))
-
-
-def _entries(ids: jax.Array, size: int) -> jax.Array:
-    """Which of `ids` [B, n] each id of the vocabulary is, -1 if none, int8 [B, size].
-
-    Scattered apart from the logits: they are then written once, and their memory is reused.
-    """
-    entries = jnp.arange(ids.shape[1], dtype=jnp.int8)
     target = jnp.where(ids < 0, size, ids)  # a negative index would count from the end
-    none = jnp.full((ids.shape[0], size), -1, jnp.int8)
-    return none.at[jnp.arange(ids.shape[0])[:, None], target].set(entries, mode="drop")
+    rows = jnp.arange(ids.shape[0])[:, None]
+    return dense.at[rows, target].set(sparse, mode="drop")
 
 
 def _penalised(
@@ -230,7 +222,7 @@ def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Arra
     chosen = _race(jnp.where(inside, masses, 0.0), _bits(params.seed, position, 0, _CANDIDATES))
 
     tokens = _proposals(adjusted, weights, (highest, floor), params.seed, position)
-    mass, count = _above(adjusted, normaliser, tokens)
+    mass, count = _above(adjusted, normaliser, _gather(adjusted, tokens))
     accepted = (mass < limit) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
     is_open = inside[:, -1] & accepted.any(1)
     return jnp.where(is_open, _pick(tokens, accepted.argmax(1)), _pick(best.ids, chosen))
@@ -285,24 +277,29 @@ def _members(array: jax.Array, block: jax.Array, beyond: float) -> jax.Array:
 
 
 def _above(
-    adjusted: jax.Array, normaliser: jax.Array, tokens: jax.Array
+    adjusted: jax.Array, normaliser: jax.Array, values: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mass and number of the logits greater than each token's, [B, _PROPOSALS].
+    """Mass and number of the logits strictly greater than each of `values`, [B, _PROPOSALS].
 
-    One reduction of many operands reads the vocabulary once. Probabilities are compared, not
-    logits, so that the logits' memory can hold them; a millionth more counts as equal, since one
-    exponential computed in two places may differ in its last bit.
+    Four values share a pass and its exponentials, taken relative to the first of them. XLA would
+    store exponentials that more values or other passes use: a second [B, V].
     """
-    probabilities = jnp.exp(adjusted - normaliser[:, None])
-    values = _gather(probabilities, tokens) * (1 + 1e-6)
-    greater = [probabilities > values[:, m, None] for m in range(_PROPOSALS)]
-    operands = [jnp.where(mask, probabilities, 0.0) for mask in greater]
-    operands += [mask.astype(jnp.float32) for mask in greater]
-    zeros = [jnp.float32(0)] * len(operands)
-    sums = jax.lax.reduce(
-        operands, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,)
-    )
-    return jnp.stack(sums[:_PROPOSALS], 1), jnp.stack(sums[_PROPOSALS:], 1)
+    masses, counts = [], []
+    for start in range(0, _PROPOSALS, _PER_PASS):
+        first = values[:, start, None]
+        weights = jnp.exp(adjusted - first)
+        greater = [adjusted > values[:, start + i, None] for i in range(_PER_PASS)]
+        operands = [jnp.where(mask, weights, 0.0) for mask in greater]
+        operands += [mask.astype(jnp.float32) for mask in greater]
+        zeros = [jnp.float32(0)] * len(operands)
+        sums = jax.lax.reduce(operands, zeros, _add_each, (1,))
+        masses.append(jnp.stack(sums[:_PER_PASS], 1) * jnp.exp(first - normaliser[:, None]))
+        counts.append(jnp.stack(sums[_PER_PASS:], 1))
+    return jnp.concatenate(masses, 1), jnp.concatenate(counts, 1)
+
+
+def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def _pick(array: jax.Array, index: jax.Array) -> jax.Array:

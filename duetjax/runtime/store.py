@@ -260,7 +260,7 @@ def _environment() -> dict[str, str | None]:
         with contextlib.suppress(OSError):
             flags = Path(flags).read_text(encoding="utf-8", errors="replace")
     found = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    options = {name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS}
+    options = {name: str(jax.config.values.get(name)) for name in _JAX_OPTIONS}
     return {"XLA_FLAGS": flags, **found, **options}
 
 

@@ -2,34 +2,15 @@
 
 import asyncio
 import random
-import re
 import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 
-import httpx
 import openai
 import pytest
+from server_process import metric, serving
 
 NUM_STREAMS = 64
 MODEL = "duetjax-demo"
 QUESTION = [{"role": "user", "content": "What is TTFT?"}]
-
-
-@contextmanager
-def serving(*flags):
-    """Starts a server on a free port; yields the process and its address."""
-    command = [sys.executable, "-m", "duetjax.cli", "serve", "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, process.stderr.read()
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +26,7 @@ def client(url):
 
 
 def free_pages(url):
-    text = httpx.get(f"{url}/metrics", trust_env=False).text
-    return float(re.search(r'duetjax_pages\{[^}]*state="free"[^}]*\} (\S+)', text)[1])
+    return metric(url, "duetjax_pages", 'state="free"')
 
 
 def test_the_official_client_chats(client):

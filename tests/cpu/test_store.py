@@ -319,6 +319,13 @@ def test_the_key_names_the_trees_of_arguments_and_results():
     assert len({key_of(lowered) for lowered in (as_list, as_tuple, bare)}) == 3
 
 
+def test_the_key_names_what_a_call_checks_of_arguments_and_the_text_does_not_say():
+    strong = jax.jit(lambda x: -x).lower(jax.ShapeDtypeStruct((3,), np.float32))
+    weak = jax.jit(lambda x: -x).lower(jax.ShapeDtypeStruct((3,), np.float32, weak_type=True))
+    assert strong.as_text() == weak.as_text()
+    assert key_of(strong) != key_of(weak)
+
+
 def test_a_program_that_drops_arguments_is_told_to_keep_them():
     x = jax.ShapeDtypeStruct((3,), np.float32)
     first = jax.jit(lambda a, b: a + 1).lower(x, x)
@@ -378,6 +385,11 @@ def test_the_key_names_what_a_file_of_flags_holds(tmp_path, monkeypatch):
         file.write_text(flags)
         keys.add(key_of(program))
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize("name", store._JAX_OPTIONS)
+def test_every_jax_setting_in_the_key_is_one_that_jax_has(name):
+    assert name in jax.config.values
 
 
 def test_the_key_names_jax_settings_that_reach_the_compiler(key):
