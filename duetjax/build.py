@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from duetjax.checkpoint.dummy import dummy_weights
 from duetjax.checkpoint.generation import GenerationDefaults
-from duetjax.checkpoint.weights import read_weights
 from duetjax.checkpoint.source import (
     LoadFormat,
     ModelSource,
@@ -26,6 +25,7 @@ from duetjax.checkpoint.source import (
     check_context,
     resolve_model,
 )
+from duetjax.checkpoint.weights import read_weights
 from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.model.decoder import Definition

@@ -3,16 +3,16 @@
 The order is vLLM's: mask, min_tokens, bias, penalties, temperature, min_p, top_k, top_p. No step
 sorts the vocabulary. It is cut into groups of 64; the 64 greatest logits lie in the 64 groups with
 the greatest maxima, so two sorts of at most 4,096 elements give them in order: the candidates. What
-a filter keeps is always "every logit at or above some value", ties together. A row whose kept set
-ends inside the candidates draws among them. Any other row draws `_PROPOSALS` times from a superset
-of its kept set (chunk of groups, group, element) and takes the first that one reduction over the
-vocabulary finds inside. If none is, it draws among the candidates, which are inside.
+filters keep is always "every logit at or above some value", so equal logits stay or go together. A
+row whose kept set ends inside the candidates draws among them. Any other row draws 16 times from a
+superset of its kept set and takes the first that a reduction over the vocabulary finds inside; if
+none is, it draws among the candidates, which are.
 
-Two approximations, both only for rows that keep more than 64 tokens. That last draw moves the
-distribution by at most (1 - a) ** 16, where a is the kept share of the superset: top_p, or with
-top_k the mass of its tokens over that of all logits not below the top_k-th greatest group maximum.
-And with top_k > 64 and top_p < 1 together, top_p is a share of an upper bound of the mass that
-top_k keeps (the candidates, and for the others the last candidate's probability each).
+Two approximations. That last draw moves the distribution of such a row by (1 - a) ** 16 at most, a
+being the kept share of the superset's mass: at least top_p, or 1 without top_p; with top_k > 64 the
+superset is what lies at or above the top_k-th greatest group maximum (everything, if there are not
+so many groups). And with top_k > 64 and top_p < 1, top_p counts from an upper bound of the mass
+that top_k keeps: the candidates', and for each further token the last candidate's.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _GREEDY_BELOW = 1e-5  # dividing logits by less would overflow; vLLM draws the l
 _GROUP = 64
 _CANDIDATES = 64  # with _GROUP at most 4096 elements to sort: one kernel
 _PROPOSALS = 16
-_PER_PASS = 4
+_AT_ONCE = 4  # proposals that share exponentials in `_above`
 _NUM_TOP = 20
 _LEAST_TOP_P = 1e-9  # keeps the greatest logit
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -103,6 +103,7 @@ def sample(
     best = _top(adjusted, _grouped(adjusted).max(-1), _CANDIDATES)
     drawn = _draw(adjusted, best, params, position)
     token = jnp.where(params.temperature < _GREEDY_BELOW, best.ids[:, 0], drawn)
+    token = jnp.minimum(token, size - 1)  # a row of NaN may have chosen padding
     finite = jnp.isfinite(raw.maxima[:, 0]) & jnp.isfinite(raw.maxima[:, -1])  # NaN sorts last
     kept = min(_NUM_TOP, size)
     return Sampled(
@@ -252,8 +253,8 @@ def _proposals(
 ) -> jax.Array:
     """Ids drawn independently from the logits not below the floor, [B, _PROPOSALS].
 
-    weights [B, G]: of the groups; bounds: highest logit and floor. Three short races, for the chunk
-    of groups, the group and the element, in place of one over the vocabulary.
+    weights [B, G]: of the groups; bounds: highest logit and floor. Three short races, for a chunk
+    of groups, a group and an element, replace one over the vocabulary.
     """
     num_rows, num_groups = weights.shape
     weights = jnp.pad(weights, ((0, 0), (0, -num_groups % _GROUP)))
@@ -270,7 +271,7 @@ def _proposals(
 
 
 def _members(array: jax.Array, block: jax.Array, beyond: float) -> jax.Array:
-    """The elements [B, n, _GROUP] of blocks [B, n] of the array [B, m]; `beyond` its end."""
+    """Elements [B, n, _GROUP] of the blocks [B, n] of an array [B, m]; `beyond` where it ends."""
     places = (block[:, :, None] * _GROUP + jnp.arange(_GROUP)).reshape(block.shape[0], -1)
     members = jnp.where(places < array.shape[1], _gather(array, places), beyond)
     return members.reshape(*block.shape, _GROUP)
@@ -281,20 +282,20 @@ def _above(
 ) -> tuple[jax.Array, jax.Array]:
     """Mass and number of the logits strictly greater than each of `values`, [B, _PROPOSALS].
 
-    Four values share a pass and its exponentials, taken relative to the first of them. XLA would
-    store exponentials that more values or other passes use: a second [B, V].
+    Four values share exponentials, relative to the first of them: XLA then fuses all into one pass.
+    Exponentials that more values or `_weight` use it would store, a second [B, V].
     """
     masses, counts = [], []
-    for start in range(0, _PROPOSALS, _PER_PASS):
+    for start in range(0, _PROPOSALS, _AT_ONCE):
         first = values[:, start, None]
         weights = jnp.exp(adjusted - first)
-        greater = [adjusted > values[:, start + i, None] for i in range(_PER_PASS)]
+        greater = [adjusted > values[:, start + i, None] for i in range(_AT_ONCE)]
         operands = [jnp.where(mask, weights, 0.0) for mask in greater]
         operands += [mask.astype(jnp.float32) for mask in greater]
         zeros = [jnp.float32(0)] * len(operands)
         sums = jax.lax.reduce(operands, zeros, _add_each, (1,))
-        masses.append(jnp.stack(sums[:_PER_PASS], 1) * jnp.exp(first - normaliser[:, None]))
-        counts.append(jnp.stack(sums[_PER_PASS:], 1))
+        masses.append(jnp.stack(sums[:_AT_ONCE], 1) * jnp.exp(first - normaliser[:, None]))
+        counts.append(jnp.stack(sums[_AT_ONCE:], 1))
     return jnp.concatenate(masses, 1), jnp.concatenate(counts, 1)
 
 
@@ -307,10 +308,9 @@ def _pick(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _race(weights: jax.Array, bits: jax.Array) -> jax.Array:
-    """Index along the last axis, with probability in proportion to its weight, never of weight 0.
+    """An index along the last axis, with a probability in proportion to its weight, 0 if that is 0.
 
-    Each entrant's time is exponential with its weight as rate, the first to arrive wins: the
-    Gumbel-max trick.
+    Entrants arrive after exponential times with their weights as rates; the first one wins.
     """
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     lead = jnp.log(weights) - jnp.log(-jnp.log1p(-uniform))
@@ -318,10 +318,11 @@ def _race(weights: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 def _bits(seed: jax.Array, position: jax.Array, stream: int, count: int) -> jax.Array:
-    """Random words uint32 [B, count], Threefry-2x32 with 20 rounds: key seed, counter (position, n).
+    """Random words, uint32 [B, count]: Threefry-2x32-20 with the seed as key.
 
-    Written out, because unlike jax.random's it fuses into its consumer. Salmon et al., "Parallel
-    random numbers: as easy as 1, 2, 3", 2011.
+    The counter is (position, stream and index); the first word of each block is used. Written out,
+    because unlike jax.random's it fuses into its consumer. Source: Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", 2011.
     """
     keys = (seed[:, :1], seed[:, 1:], seed[:, :1] ^ seed[:, 1:] ^ jnp.uint32(0x1BD11BDA))
     index = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(stream << 16)

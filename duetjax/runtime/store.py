@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib.version
 from jax.experimental import serialize_executable
 
 _log = logging.getLogger(__name__)
@@ -242,7 +241,7 @@ def _parameters(lowered: jax.stages.Lowered) -> int:
 
 
 def _versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
 
 
 @functools.cache
