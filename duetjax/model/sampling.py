@@ -16,6 +16,7 @@ that top_k keeps: the candidates', and for each further token the last candidate
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -104,7 +105,7 @@ def sample(
     drawn = _draw(adjusted, best, params, position)
     token = jnp.where(params.temperature < _GREEDY_BELOW, best.ids[:, 0], drawn)
     token = jnp.minimum(token, size - 1)  # a row of NaN may have chosen padding
-    finite = jnp.isfinite(raw.maxima[:, 0]) & jnp.isfinite(raw.maxima[:, -1])  # NaN sorts last
+    finite = jnp.isfinite(raw.maxima[:, 0]) & jnp.isfinite(raw.maxima[:, -1])  # NaN is at an end
     kept = min(_NUM_TOP, size)
     return Sampled(
         token,
@@ -127,20 +128,35 @@ def _gather(array: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _top(logits: jax.Array, maxima: jax.Array, k: int) -> _Top:
     """The k greatest of each row; where several are the very greatest, the lowest id is first."""
-    maxima, groups = _sorted(maxima)
+    maxima, groups = _sorted(maxima, maxima.shape[1])
     groups = groups[:, :k]
     ids = (groups[:, :, None] * _GROUP + jnp.arange(_GROUP)).reshape(groups.shape[0], -1)
-    values, places = _sorted(jnp.where(ids < logits.shape[1], _gather(logits, ids), -jnp.inf))
-    values, places = values[:, :k], places[:, :k]
+    elements = jnp.where(ids < logits.shape[1], _gather(logits, ids), -jnp.inf)
+    values, places = _sorted(elements, k)
     return _Top(values, _gather(groups, places // _GROUP) * _GROUP + places % _GROUP, maxima)
 
 
-def _sorted(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Descending, NaN last, and each one's place before; in order of place where equal."""
+def _sorted(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k greatest, descending, and the place of each before; lower place first where equal.
+
+    NaN comes first or last. On the CPU top_k is many times faster; elsewhere it would become a sort
+    whose kind, XLA's or a library's, depends on the machine that compiles.
+    """
+    by_top_k, by_two_keys = partial(_by_top_k, k=k), partial(_by_two_keys, k=k)
+    greatest, places = jax.lax.platform_dependent(values, cpu=by_top_k, default=by_two_keys)
+    return greatest, places
+
+
+def _by_top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    # Barrier: slices of the result would turn it into a whole sort.
+    greatest, places = jax.lax.optimization_barrier(tuple(jax.lax.top_k(values, k)))
+    return greatest, places
+
+
+def _by_two_keys(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     places = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    # Both are keys, so that XLA emits its own sort on every machine and not a library's.
     negated, places = jax.lax.sort((-values, places), is_stable=False, num_keys=2)
-    return -negated, places
+    return -negated[:, :k], places[:, :k]
 
 
 def _adjusted(
