@@ -16,7 +16,6 @@ that top_k keeps: the candidates', and for each further token the last candidate
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -72,7 +71,11 @@ class Sampled(NamedTuple):
 
 
 class _Top(NamedTuple):
-    """values [B, k] descending, ids [B, k], maxima [B, G]: all groups' maxima, descending."""
+    """values [B, k] descending, ids [B, k], maxima [B, G]: all groups' maxima, descending.
+
+    Take the first value from the maxima and the last by a reduction: slices of `values` would make
+    XLA for CPUs sort everything in place of selecting, many times as slow.
+    """
 
     values: jax.Array
     ids: jax.Array
@@ -97,13 +100,13 @@ def sample(
     size = logits.shape[1]
     poisoned = jnp.where(jnp.isfinite(logits), logits, jnp.nan)
     raw = _top(logits, _grouped(poisoned).max(-1), _NUM_TOP)
-    mass = jnp.exp(_grouped(logits) - raw.values[:, :1, None]).sum(-1).sum(-1)
-    normaliser = raw.values[:, :1] + jnp.log(mass)[:, None]
+    highest = raw.maxima[:, :1]
+    mass = jnp.exp(logits - highest).sum(-1, keepdims=True)
+    normaliser = highest + jnp.log(mass)
 
     adjusted = _adjusted(logits, params, counts, prompt_mask, allowed, position)
     best = _top(adjusted, _grouped(adjusted).max(-1), _CANDIDATES)
-    drawn = _draw(adjusted, best, params, position)
-    token = jnp.where(params.temperature < _GREEDY_BELOW, best.ids[:, 0], drawn)
+    token = _draw(adjusted, best, params, position)
     token = jnp.minimum(token, size - 1)  # a row of NaN may have chosen padding
     finite = jnp.isfinite(raw.maxima[:, 0]) & jnp.isfinite(raw.maxima[:, -1])  # NaN is at an end
     kept = min(_NUM_TOP, size)
@@ -112,7 +115,7 @@ def sample(
         (_gather(logits, token[:, None]) - normaliser)[:, 0],
         raw.ids[:, :kept],
         (raw.values - normaliser)[:, :kept],
-        finite & jnp.isfinite(best.values[:, 0]),
+        finite & jnp.isfinite(best.maxima[:, 0]),
     )
 
 
@@ -128,35 +131,12 @@ def _gather(array: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _top(logits: jax.Array, maxima: jax.Array, k: int) -> _Top:
     """The k greatest of each row; where several are the very greatest, the lowest id is first."""
-    maxima, groups = _sorted(maxima, maxima.shape[1])
+    maxima, groups = jax.lax.top_k(maxima, maxima.shape[1])
     groups = groups[:, :k]
     ids = (groups[:, :, None] * _GROUP + jnp.arange(_GROUP)).reshape(groups.shape[0], -1)
     elements = jnp.where(ids < logits.shape[1], _gather(logits, ids), -jnp.inf)
-    values, places = _sorted(elements, k)
+    values, places = jax.lax.top_k(elements, k)
     return _Top(values, _gather(groups, places // _GROUP) * _GROUP + places % _GROUP, maxima)
-
-
-def _sorted(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k greatest, descending, and the place of each before; lower place first where equal.
-
-    NaN comes first or last. On the CPU top_k is many times faster; elsewhere it would become a sort
-    whose kind, XLA's or a library's, depends on the machine that compiles.
-    """
-    by_top_k, by_two_keys = partial(_by_top_k, k=k), partial(_by_two_keys, k=k)
-    greatest, places = jax.lax.platform_dependent(values, cpu=by_top_k, default=by_two_keys)
-    return greatest, places
-
-
-def _by_top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    # Barrier: slices of the result would turn it into a whole sort.
-    greatest, places = jax.lax.optimization_barrier(tuple(jax.lax.top_k(values, k)))
-    return greatest, places
-
-
-def _by_two_keys(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    places = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    negated, places = jax.lax.sort((-values, places), is_stable=False, num_keys=2)
-    return -negated[:, :k], places[:, :k]
 
 
 def _adjusted(
@@ -222,14 +202,14 @@ def _bit(mask: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Array) -> jax.Array:
-    """One token of each row's kept set, [B]."""
-    highest, floor = best.values[:, 0], _floor(best, params)
+    """One token of each row's kept set, [B], the greatest logit's if the row is greedy."""
+    highest, floor = best.maxima[:, 0], _floor(best, params)
     weights = _weight(_grouped(adjusted), highest, floor).sum(-1)
     weights = jax.lax.optimization_barrier(weights)  # else XLA sums the vocabulary twice
     normaliser = highest + jnp.log(weights.sum(-1))
     masses = jnp.exp(best.values - normaliser[:, None])  # of the candidates
     beyond = jnp.maximum(params.top_k - _CANDIDATES, 0)
-    bound = jnp.where(beyond > 0, masses.sum(-1) + beyond * masses[:, -1], 1.0)
+    bound = jnp.where(beyond > 0, masses.sum(-1) + beyond * masses.min(-1), 1.0)
     top_p = jnp.maximum(params.top_p, _LEAST_TOP_P)
     limit = jnp.where(top_p < 1, top_p * jnp.minimum(bound, 1.0), jnp.inf)[:, None]
 
@@ -241,13 +221,15 @@ def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Arra
     tokens = _proposals(adjusted, weights, (highest, floor), params.seed, position)
     mass, count = _above(adjusted, normaliser, _gather(adjusted, tokens))
     accepted = (mass < limit) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
-    is_open = inside[:, -1] & accepted.any(1)
-    return jnp.where(is_open, _pick(tokens, accepted.argmax(1)), _pick(best.ids, chosen))
+    greedy = params.temperature < _GREEDY_BELOW
+    is_open = inside.all(1) & accepted.any(1) & ~greedy
+    closed = _pick(best.ids, jnp.where(greedy, 0, chosen))
+    return jnp.where(is_open, _pick(tokens, accepted.argmax(1)), closed)
 
 
 def _floor(best: _Top, params: RowParams) -> jax.Array:
     """A logit below which min_p and top_k keep nothing, [B]; with top_k <= 64 exactly their cut."""
-    lowest = best.values[:, 0] + jnp.log(params.min_p)
+    lowest = best.maxima[:, 0] + jnp.log(params.min_p)
     place = jnp.maximum(params.top_k - 1, 0)
     among_groups = jnp.where(place < best.maxima.shape[1], _pick(best.maxima, place), -jnp.inf)
     cut = jnp.where(params.top_k <= _CANDIDATES, _pick(best.values, place), among_groups)
