@@ -70,6 +70,12 @@ def arguments(rows):
     )
 
 
+def sampled_rows(rows):
+    """The sampler's results for at most 16 rows, as numpy; padded, so that few shapes compile."""
+    filled = [*rows, *[rows[-1]] * (16 - len(rows))]
+    return jax.tree.map(lambda a: np.asarray(a)[: len(rows)], sampled(*arguments(filled)))
+
+
 def draws(row, num, per_call=512):
     """Tokens of `num` independent draws of one row: seeds and positions count up."""
     one = arguments([row])
@@ -190,7 +196,7 @@ def test_more_than_64_equal_tokens_at_the_cut_are_all_drawn():
 
 
 def test_tokens_that_top_k_excludes_are_never_drawn_even_if_proposals_always_miss():
-    logits = np.zeros(8192, np.float32)
+    logits = np.zeros(4133, np.float32)
     logits[:80] = np.linspace(1.0, 1.1, 80)  # in two groups: their maxima say little
     tokens = draws(Row(logits, top_k=80), 1024)
     assert tokens.max() < 80
@@ -202,13 +208,13 @@ def test_tokens_that_top_k_excludes_are_never_drawn_even_if_proposals_always_mis
 def test_greedy_takes_the_greatest_adjusted_logit(seed):
     rng = np.random.default_rng(seed)
     rows = [random_greedy_row(rng) for _ in range(16)]
-    out = sampled(*arguments(rows))
-    for row, token in zip(rows, np.asarray(out.token), strict=True):
+    out = sampled_rows(rows)
+    for row, token in zip(rows, out.token, strict=True):
         logits = adjusted(row)
         assert np.isclose(logits[token], logits.max(), rtol=1e-6, atol=1e-6), row
 
 
-def random_greedy_row(rng, V=203):
+def random_greedy_row(rng, V=100):
     some = lambda most: rng.choice(V, size=rng.integers(most + 1), replace=False)  # noqa: E731
     return Row(
         rng.normal(size=V).astype(np.float32) * 0.5,
@@ -218,8 +224,8 @@ def random_greedy_row(rng, V=203):
         repetition=float(rng.uniform(0.5, 2)),
         frequency=float(rng.uniform(-1, 1)),
         presence=float(rng.uniform(-1, 1)),
-        counts={int(v): int(rng.integers(1, 5)) for v in some(150)},
-        prompt=frozenset(some(150).tolist()),
+        counts={int(v): int(rng.integers(1, 5)) for v in some(80)},
+        prompt=frozenset(some(80).tolist()),
         allowed=frozenset(rng.permutation(V)[: rng.integers(8, V)].tolist()),
         bias=tuple((int(v), float(rng.normal() * 2)) for v in some(NUM_BIASES)),
         stop_ids=tuple(int(v) for v in some(NUM_STOPS)),
@@ -228,37 +234,40 @@ def random_greedy_row(rng, V=203):
     )
 
 
-@pytest.mark.parametrize("V", [2, 50, 203, 4133, 8192])
+@pytest.mark.parametrize("V", [2, 100, 4133])
 def test_greedy_takes_the_lowest_of_equal_ids(V):
     for greatest in ([1], [0, 1], range(V), range(1, V), range(V // 2, V)):
         logits = np.zeros(V, np.float32)
         logits[list(greatest)] = 1.5
-        out = sampled(*arguments([Row(logits, temperature=0.0)]))
+        out = sampled_rows([Row(logits, temperature=0.0)])
         assert out.token.tolist() == [min(greatest)]
 
 
 def test_a_stop_id_is_allowed_from_min_position_on():
-    row = Row(np.array([0.0, 9.0, 1.0], np.float32), 0.0, stop_ids=(1,), min_position=5)
+    logits = np.zeros(100, np.float32)
+    logits[[1, 2]] = 9.0, 1.0
+    row = Row(logits, 0.0, stop_ids=(1,), min_position=5)
     rows = [dataclasses.replace(row, position=position) for position in (4, 5, 6)]
-    assert sampled(*arguments(rows)).token.tolist() == [2, 1, 1]
+    assert sampled_rows(rows).token.tolist() == [2, 1, 1]
 
 
 def test_a_bias_lets_no_forbidden_token_through():
     forbidden = {"stop_ids": (1,), "min_position": 9, "allowed": frozenset([1, 2, 3])}
-    row = Row(normal(4, 1.0), 0.0, bias=((0, 100.0), (1, 100.0), (3, 50.0)), **forbidden)
-    assert sampled(*arguments([row])).token.tolist() == [3]
+    row = Row(normal(100, 1.0), 0.0, bias=((0, 100.0), (1, 100.0), (3, 50.0)), **forbidden)
+    assert sampled_rows([row]).token.tolist() == [3]
 
 
 def test_an_id_biased_twice_gets_both_and_unused_entries_bias_nothing():
-    logits = np.array([0.0, 1.0, 0.0, 0.0, 1.25], np.float32)
+    logits = np.zeros(100, np.float32)
+    logits[[1, 99]] = 1.0, 1.25
     row = Row(logits, 0.0, bias=((2, 0.7), (2, 0.7)))
-    assert sampled(*arguments([row])).token.tolist() == [2]
+    assert sampled_rows([row]).token.tolist() == [2]
 
 
-@pytest.mark.parametrize("V", [2, 19, 50, 1000, 4133])
+@pytest.mark.parametrize("V", [2, 19, 100, 4133])
 def test_logprobs_are_those_of_the_raw_logits(V):
     rows = [Row(normal(V, 4.0, seed), 0.7, bias=((1, 3.0),)) for seed in range(4)]
-    out = jax.tree.map(np.asarray, sampled(*arguments(rows)))
+    out = sampled_rows(rows)
     for row, token, logprob, ids, top in zip(rows, *out[:4], strict=True):
         expected = log_softmax(row.logits)
         assert len(ids) == min(20, V)
@@ -269,20 +278,20 @@ def test_logprobs_are_those_of_the_raw_logits(V):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_is_flagged_and_touches_no_neighbour(poison):
-    rows = [Row(normal(203, 2.0, seed), 0.9, top_p=0.8, seed=(1, seed)) for seed in range(6)]
-    clean = jax.tree.map(np.asarray, sampled(*arguments(rows)))
+    rows = [Row(normal(100, 2.0, seed), 0.9, top_p=0.8, seed=(1, seed)) for seed in range(6)]
+    clean = sampled_rows(rows)
     broken = rows[3].logits.copy()
-    broken[[5, 150]] = poison
+    broken[[5, 80]] = poison
     rows[3] = dataclasses.replace(rows[3], logits=broken)
-    out = jax.tree.map(np.asarray, sampled(*arguments(rows)))
+    out = sampled_rows(rows)
     assert out.is_finite.tolist() == [True, True, True, False, True, True]
     for before, after in zip(clean, out, strict=True):
         assert np.delete(before, 3, 0).tobytes() == np.delete(after, 3, 0).tobytes()
 
 
 def test_a_row_of_nothing_but_nan_still_yields_an_id_of_the_vocabulary():
-    rows = [Row(np.full(203, np.nan, np.float32), temperature) for temperature in (0.0, 1.0)]
-    assert (np.asarray(sampled(*arguments(rows)).token) < 203).all()
+    rows = [Row(np.full(100, np.nan, np.float32), temperature) for temperature in (0.0, 1.0)]
+    assert (sampled_rows(rows).token < 100).all()
 
 
 def test_a_row_without_an_allowed_token_is_flagged():
@@ -291,7 +300,7 @@ def test_a_row_without_an_allowed_token_is_flagged():
         Row(normal(100, 1.0), allowed=frozenset([7]), stop_ids=(7,), min_position=1),
         Row(normal(100, 1.0), allowed=frozenset([7])),
     ]
-    out = sampled(*arguments(rows))
+    out = sampled_rows(rows)
     assert out.is_finite.tolist() == [False, False, True]
     assert out.token[2] == 7
 
@@ -302,18 +311,19 @@ def test_a_row_draws_the_same_anywhere_in_any_batch():
     found = set()
     for place in range(8):
         rows = [*others[:place], row, *others[place:]]
-        out = jax.tree.map(np.asarray, sampled(*arguments(rows)))
+        out = sampled_rows(rows)
         found.add((int(out.token[place]), out.logprob[place].tobytes()))
     assert len(found) == 1
-    alone = sampled(*arguments([row] + [Row(np.zeros(4133, np.float32), 0.0)] * 7))
-    assert int(alone.token[0]) == found.pop()[0]
+    alone = sampled_rows([row])  # beside copies of itself
+    found.add((int(alone.token[0]), alone.logprob[0].tobytes()))
+    assert len(found) == 1
 
 
 def test_seed_words_and_position_each_change_the_draw():
-    row = Row(np.zeros(1000, np.float32))
+    row = Row(np.zeros(4133, np.float32))
     changed = [{"seed": (1, 0)}, {"seed": (0, 1)}, {"seed": (1, 1)}, {"position": 1}]
     rows = [row, *[dataclasses.replace(row, **fields) for fields in changed]]
-    assert len(set(sampled(*arguments(rows)).token.tolist())) == len(rows)
+    assert len(set(sampled_rows(rows).token.tolist())) == len(rows)
 
 
 def test_random_words_are_threefry():
