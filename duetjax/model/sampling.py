@@ -281,17 +281,19 @@ def _above(
     """Mass and number of the logits strictly greater than each of `values`, [B, _PROPOSALS].
 
     Four values share exponentials, relative to the first of them: XLA then fuses all into one pass.
-    Exponentials that more values or `_weight` use it would store, a second [B, V].
+    Exponentials that more values or `_weight` use it would store, a second [B, V]; and without the
+    groups, in large batches, all operands of the reduction.
     """
+    grouped = _grouped(adjusted)
     masses, counts = [], []
     for start in range(0, _PROPOSALS, _AT_ONCE):
         first = values[:, start, None]
-        weights = jnp.exp(adjusted - first)
-        greater = [adjusted > values[:, start + i, None] for i in range(_AT_ONCE)]
+        weights = jnp.exp(grouped - first[:, :, None])
+        greater = [grouped > values[:, start + i, None, None] for i in range(_AT_ONCE)]
         operands = [jnp.where(mask, weights, 0.0) for mask in greater]
         operands += [mask.astype(jnp.float32) for mask in greater]
         zeros = [jnp.float32(0)] * len(operands)
-        sums = jax.lax.reduce(operands, zeros, _add_each, (1,))
+        sums = [part.sum(1) for part in jax.lax.reduce(operands, zeros, _add_each, (2,))]
         masses.append(jnp.stack(sums[:_AT_ONCE], 1) * jnp.exp(first - normaliser[:, None]))
         counts.append(jnp.stack(sums[_AT_ONCE:], 1))
     return jnp.concatenate(masses, 1), jnp.concatenate(counts, 1)

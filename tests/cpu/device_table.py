@@ -40,8 +40,8 @@ PAIRS = (
     ("llama-3.1-8b", "a100-sxm-80gb"),
 )
 BUCKETS = Buckets(
-    decode=(2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256),
-    prefill=(128, 256, 512, 1024, 2048, 4096, 8192),
+    decode=(2, 64, 256),
+    prefill=(512, 2048),
     prefill_rows=64,
 )
 NUM_SLOTS, TABLE_WIDTH, PAGE_SIZE = 256, 128, 64
