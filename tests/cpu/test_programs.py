@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from duetjax.runtime.store import ProgramStore
-from duetjax.runtime.target import local_target
 from golden import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +25,8 @@ from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import JaxExecutor
 from duetjax.runtime.programs import Buckets, Programs
 from duetjax.runtime.slot_state import PARAMS, HostTables, SlotShapes, unpack
+from duetjax.runtime.store import ProgramStore
+from duetjax.runtime.target import local_target
 from pallas_kernels import xla
 
 MODEL = "llama-biases"
