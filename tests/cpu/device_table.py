@@ -51,6 +51,7 @@ SAMPLED = (Program.DECODE, 64)
 """The program whose temporaries are held against the sampler's budget."""
 TWO_POOLS = (SAMPLED, (Program.PREFILL, 2048))
 """Programs compiled for a second number of pages, which must not change what they allocate."""
+ALIGNMENT = 4096  # buffers move by some hundred bytes; a buffer that grew with the pages would not
 SAMPLING_BUDGET = 64_000_000
 
 type Row = dict[str, object]
@@ -129,7 +130,7 @@ def row_of(pair: Pair, key: Key, lowered: jax.stages.Lowered) -> Row:
     if key in TWO_POOLS:
         few = pair.with_few_pages()
         other = few.inspect(key, few.lower(key))
-        if other.temp_bytes != facts.temp_bytes:
+        if abs(other.temp_bytes - facts.temp_bytes) > ALIGNMENT:
             broken.append(
                 f"{facts.temp_bytes} bytes of temporaries with {NUM_PAGES} pages,"
                 f" {other.temp_bytes} with {FEW_PAGES}"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from device_table import (
+    ALIGNMENT,
     BUCKETS,
     HAS_CUDA_WHEELS,
     PAIRS,
@@ -211,9 +212,9 @@ def test_a_serving_program_compiles_to_what_the_table_says(names, key):
         found = {
             "sha256": text_hash(lowered),
             "entries": len(facts.thunks),
-            "temp_bytes": facts.temp_bytes,
             "alias_bytes": facts.alias_bytes,
             "flops": facts.flops,
         }
         row = table["programs"][pair.name][key_name(key)]
         assert found == {name: row[name] for name in found}, RENEW
+        assert abs(facts.temp_bytes - row["temp_bytes"]) <= ALIGNMENT, RENEW
