@@ -25,7 +25,6 @@ _GREEDY_BELOW = 1e-5  # dividing logits by less would overflow; vLLM draws the l
 _GROUP = 64
 _CANDIDATES = 64  # with _GROUP at most 4096 elements to sort: one kernel
 _PROPOSALS = 16
-_AT_ONCE = 4  # proposals that share exponentials in `_above`
 _NUM_TOP = 20
 _LEAST_TOP_P = 1e-9  # keeps the greatest logit
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -280,23 +279,16 @@ def _above(
 ) -> tuple[jax.Array, jax.Array]:
     """Mass and number of the logits strictly greater than each of `values`, [B, _PROPOSALS].
 
-    Four values share exponentials, relative to the first of them: XLA then fuses all into one pass.
-    Exponentials that more values or `_weight` use it would store, a second [B, V]; and without the
-    groups, in large batches, all operands of the reduction.
+    One reduction of many operands, so that the vocabulary is read once. Each mass has exponentials
+    of its own, relative to its value: those that operands share XLA may store, a second [B, V].
     """
-    grouped = _grouped(adjusted)
-    masses, counts = [], []
-    for start in range(0, _PROPOSALS, _AT_ONCE):
-        first = values[:, start, None]
-        weights = jnp.exp(grouped - first[:, :, None])
-        greater = [grouped > values[:, start + i, None, None] for i in range(_AT_ONCE)]
-        operands = [jnp.where(mask, weights, 0.0) for mask in greater]
-        operands += [mask.astype(jnp.float32) for mask in greater]
-        zeros = [jnp.float32(0)] * len(operands)
-        sums = [part.sum(1) for part in jax.lax.reduce(operands, zeros, _add_each, (2,))]
-        masses.append(jnp.stack(sums[:_AT_ONCE], 1) * jnp.exp(first - normaliser[:, None]))
-        counts.append(jnp.stack(sums[_AT_ONCE:], 1))
-    return jnp.concatenate(masses, 1), jnp.concatenate(counts, 1)
+    columns = [values[:, i, None] for i in range(_PROPOSALS)]
+    operands = [jnp.where(adjusted > v, jnp.exp(adjusted - v), 0.0) for v in columns]
+    operands += [(adjusted > v).astype(jnp.float32) for v in columns]
+    zeros = [jnp.float32(0)] * len(operands)
+    sums = jax.lax.reduce(operands, zeros, _add_each, (1,))
+    relative, counts = jnp.stack(sums[:_PROPOSALS], 1), jnp.stack(sums[_PROPOSALS:], 1)
+    return relative * jnp.exp(values - normaliser[:, None]), counts
 
 
 def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
