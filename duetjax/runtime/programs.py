@@ -78,12 +78,16 @@ class Buckets:
     """The shapes that programs are compiled for.
 
     decode: row counts B, ascending, from 2 (B = 1 compiles to more kernels, not fewer).
-    prefill: packed token counts T, ascending. prefill_rows: R of every prefill program.
+    prefill: packed token counts T, ascending. prefill_rows: most rows of a prefill program.
     """
 
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
     prefill_rows: int
+
+    def rows_of(self, prefill: int) -> int:
+        """R of the program for `prefill` tokens: a row has at least one."""
+        return min(self.prefill_rows, prefill)
 
     def __len__(self) -> int:
         return len(self.decode) + len(self.prefill)
@@ -165,7 +169,7 @@ class Programs:
     def _inputs(self, program: Program, size: int) -> list[Any]:
         if program is Program.DECODE:
             return [self._abstract((size,), jnp.int32)]
-        rows = self.buckets.prefill_rows
+        rows = self.buckets.rows_of(size)
         shapes = [(size,), (rows + 1,), (rows,), (rows,), (rows,)]
         return [self._abstract(shape, jnp.int32) for shape in shapes]
 

@@ -40,9 +40,9 @@ PAIRS = (
     ("llama-3.1-8b", "a100-sxm-80gb"),
 )
 BUCKETS = Buckets(
-    decode=(2, 64, 256),
-    prefill=(512, 2048),
-    prefill_rows=64,
+    decode=(2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256),
+    prefill=(128, 256, 512, 1024, 2048, 4096, 8192),
+    prefill_rows=256,
 )
 NUM_SLOTS, TABLE_WIDTH, PAGE_SIZE = 256, 128, 64
 NUM_PAGES, FEW_PAGES = 4096, 256
@@ -106,7 +106,7 @@ def closed_form_flops(programs: Programs, key: Key) -> float:
         int(np.prod(shape)) for name, shape in leaves.items() if ".layers." in name and shape[1:]
     )
     vocabulary, hidden = leaves["model.embed_tokens.weight"]
-    rows = size if program is Program.DECODE else programs.buckets.prefill_rows
+    rows = size if program is Program.DECODE else programs.buckets.rows_of(size)
     return 2.0 * size * layers + 2.0 * rows * vocabulary * hidden
 
 

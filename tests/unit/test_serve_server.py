@@ -131,20 +131,28 @@ from duetjax.serve.server import HttpServer, bind
 engine = FakeEngine(max_len=100_000, num_pages=10_000)
 service = make_service(Path(sys.argv[1]), engine, max_model_len=100_000)
 server = HttpServer(service, bind('127.0.0.1', 0), shutdown_timeout=float(sys.argv[2]))
+engine.executor.hold()
+engine.executor.step(float(sys.argv[3]))
 server.run(lambda line: print(line, flush=True))
+engine.executor.release()
 engine.shutdown(10)
-print(engine.stats().pages_free == engine.stats().pages_total)
+print(engine.stats().pages_held == 0)
 """
 
 
 @pytest.fixture
 def program(folder):
-    """Starts the server in a process of its own; gives the process and its address."""
+    """Starts the server in a process of its own; gives the process and its address.
+
+    steps: how many the engine takes before it waits; a client slower than the server would have
+    more to read than a hurried shutdown leaves time for.
+    """
     started = []
 
-    def start(timeout):
+    def start(timeout, steps=float("inf")):
+        arguments = [str(folder), str(timeout), str(steps)]
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", PROGRAM, str(folder), str(timeout)],
+            [sys.executable, "-W", "error", "-c", PROGRAM, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -187,7 +195,7 @@ def test_a_signal_under_load_lets_the_stream_finish(program):
 
 
 def test_a_second_signal_ends_the_stream_with_an_error_event(program):
-    process, url = program(1000)
+    process, url = program(1000, steps=3)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
         stream = client.completions.create(
             model=MODEL, prompt="a", max_tokens=90_000, stream=True, temperature=1, seed=0
