@@ -23,7 +23,7 @@ demo: setup  ## answer questions with the checkpoint that ships here
 	$(PY) benchmarks/demo.py
 
 test: lint types  ## ruff, mypy and pytest (import rules included); LATEST=1: newest packages
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## ruff's rules and format
 	$(PY) -m ruff check

@@ -22,7 +22,7 @@ from duetjax.checkpoint.source import resolve_model
 from duetjax.config import EngineConfig, ModelConfig, SamplingParams
 from duetjax.policy.launch import Launch, Program, SlotParams
 from duetjax.runtime.compiler import Compiler
-from duetjax.runtime.executor import JaxExecutor
+from duetjax.runtime.executor import JaxDevice
 from duetjax.runtime.memory import plan_memory
 from duetjax.runtime.programs import Buckets, Programs
 from duetjax.runtime.slot_state import SlotShapes
@@ -50,11 +50,12 @@ class DecodeStep:
             jax.device_put(rng.normal(scale=0.02, size=shape).astype(np.float32))
             for shape in programs.definition.fusion.leaves.values()
         ]
-        self._executor = JaxExecutor(programs, executables, weights)
+        self._executor = JaxDevice(programs, executables, weights)
         self._slots = tuple(range(rows))
         pages = -(-(context + steps) // plan.layout.page_size)
         for slot in self._slots:
             prefill = Launch(
+                0,
                 Program.PREFILL,
                 context,
                 (slot,),
@@ -73,7 +74,7 @@ class DecodeStep:
 
     def seconds(self) -> float:
         """Runs the next step, from call to tokens on the host."""
-        launch = Launch(Program.DECODE, len(self._slots), self._slots)
+        launch = Launch(0, Program.DECODE, len(self._slots), self._slots)
         started = time.perf_counter()
         self._run(launch)
         return time.perf_counter() - started

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from duetjax.config import SamplingParams
 
 if TYPE_CHECKING:
+    from duetjax.async_llm import AsyncLLM
     from duetjax.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> object:
         from duetjax.llm import LLM
 
         return LLM
+    if name == "AsyncLLM":
+        from duetjax.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module 'duetjax' has no attribute {name!r}")

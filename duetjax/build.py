@@ -26,26 +26,29 @@ from duetjax.checkpoint.source import (
     resolve_model,
 )
 from duetjax.checkpoint.weights import read_weights
-from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
+from duetjax.config import ConfigError, EngineConfig, ModelConfig, PolicyName, SamplingParams
 from duetjax.engine import EngineClient
+from duetjax.host import free_host_memory, host_memory
 from duetjax.model.decoder import Definition
-from duetjax.policy.launch import Program
+from duetjax.policy.launch import Program, Split
+from duetjax.policy.limits import SchedulerLimits
+from duetjax.policy.policies import Aggregated, Policy, PrefillFirst, StaticSplit
 from duetjax.policy.request import NewRequest, new_requests
-from duetjax.policy.scheduler import Scheduler, SchedulerLimits
+from duetjax.policy.scheduler import Scheduler
 from duetjax.runtime import compilations
 from duetjax.runtime.compiler import Compiler
-from duetjax.runtime.executor import Executables, JaxExecutor
-from duetjax.runtime.memory import DeviceMemory, MemoryPlan, host_memory, kv_bytes, plan_memory
+from duetjax.runtime.executor import Executables, JaxDevice
+from duetjax.runtime.in_order import InOrder
+from duetjax.runtime.memory import DeviceMemory, MemoryPlan, check_free, kv_bytes, plan_memory
 from duetjax.runtime.programs import Buckets, Programs, Upkeep
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
-from duetjax.runtime.target import Target, local_target
+from duetjax.runtime.target import Target, check_options, local_target
 from duetjax.text.tokenizer import Tokenizer
 from pallas_kernels import xla
 
 _log = logging.getLogger(__name__)
 
-_MAX_PREFILL_ROWS = 8
 _SMALLEST_PREFILL = 64
 
 
@@ -132,6 +135,8 @@ def build_engine(
     """
     compilations.install()
     target = local_target()
+    if target.compiler_options:
+        check_options(target)
     programs, memory, plan = _plan(source.config, engine, target)
     _log.info(
         "max_model_len %d; %d KV pages of %d tokens",
@@ -141,9 +146,12 @@ def build_engine(
     )
     weights = _load_weights(source, programs, load_format, engine.seed)
     executables = _compile(programs, memory, engine)
-    executor = JaxExecutor(programs, executables, programs.definition.ordered(weights))
-    scheduler = Scheduler(_limits(engine, plan, programs.buckets))
-    return EngineClient(scheduler, executor, vocab_size=source.config.vocab_size), plan
+    device = JaxDevice(programs, executables, programs.definition.ordered(weights))
+    scheduler = Scheduler(
+        _limits(engine, plan, programs.buckets),
+        _policy(engine),
+    )
+    return EngineClient(scheduler, InOrder(device), vocab_size=source.config.vocab_size), plan
 
 
 def _plan(
@@ -168,7 +176,10 @@ def _plan(
     check_context(config, plan.max_model_len)
     slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
     programs = Programs(config, plan.layout, slots, _buckets(engine, plan), target, xla)
-    return programs, replace(memory, slots=slots.num_bytes), plan
+    memory = replace(memory, slots=slots.num_bytes)
+    pool = plan.layout.num_pages * plan.layout.page_bytes
+    check_free(engine, memory, pool, free_host_memory())
+    return programs, memory, plan
 
 
 def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
@@ -177,14 +188,24 @@ def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
     Deterministic: the largest of each alone, as sums are ordered differently in each bucket.
     """
     rows = max(1, math.ceil(math.log2(engine.max_num_seqs)))
-    largest = min(engine.max_num_batched_tokens, _MAX_PREFILL_ROWS * plan.max_model_len)
+    largest = min(engine.max_num_batched_tokens, engine.max_num_seqs * plan.max_model_len)
     prefill = [largest]
     while prefill[0] > 4 * _SMALLEST_PREFILL:
         prefill.insert(0, prefill[0] // 4)
     decode = [2**power for power in range(1, rows + 1)]
     if engine.deterministic:
         decode, prefill = decode[-1:], prefill[-1:]
-    return Buckets(tuple(decode), tuple(prefill), _MAX_PREFILL_ROWS)
+    return Buckets(tuple(decode), tuple(prefill), engine.max_num_seqs)
+
+
+def _policy(engine: EngineConfig) -> Policy:
+    """The object that --policy names."""
+    budget = engine.max_num_batched_tokens
+    if engine.policy == PolicyName.PREFILL_FIRST:
+        return PrefillFirst(budget)
+    if engine.policy == PolicyName.STATIC_SPLIT:
+        return StaticSplit(budget, Split(*engine.split), engine.look_ahead)
+    return Aggregated(budget)
 
 
 def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> SchedulerLimits:
@@ -196,7 +217,7 @@ def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> Schedule
         max_num_batched_tokens=engine.max_num_batched_tokens,
         decode_buckets=shapes.decode,
         prefill_buckets=shapes.prefill,
-        max_prefill_rows=shapes.prefill_rows,
+        prefix_caching=engine.enable_prefix_caching,
         deterministic=engine.deterministic,
     )
 

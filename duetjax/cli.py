@@ -5,15 +5,20 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from duetjax.config import ConfigError, DuetJAXError, EngineConfig, SamplingParams
+from duetjax.config import ConfigError, DuetJAXError, EngineConfig, PolicyName, SamplingParams, flag
+
+if TYPE_CHECKING:
+    from duetjax.build import LoadedModel
+    from duetjax.serve.context import Service
 
 _CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
+_POLICIES = ", ".join(PolicyName)
 _EPILOG = "With no --model, duetjax uses the small demo checkpoint that ships with it."
 
 
@@ -37,8 +42,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="duetjax", description=__doc__, epilog=_EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="print the answer to a prompt", epilog=_EPILOG)
+    generate = commands.add_parser(
+        "generate", help="answer a prompt, or a file of them", epilog=_EPILOG
+    )
     generate.add_argument("prompt", nargs="?", help="the prompt; without it, standard input")
+    generate.add_argument(
+        *("-i", "--input"),
+        type=Path,
+        metavar="FILE",
+        help="answer a file: OpenAI's batch format if .jsonl, else a prompt a line; needs --output",
+    )
+    generate.add_argument(
+        *("-o", "--output"),
+        type=Path,
+        metavar="FILE",
+        help="the results, a JSON line each in the order of --input; failed lines say why",
+    )
     generate.add_argument("--model", help="folder, preset name or hub id")
     generate.add_argument(
         "--raw", action="store_true", help="continue the text itself, without the chat template"
@@ -100,6 +119,26 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--deterministic", action="store_true", help="same tokens, bit for bit, in any company"
     )
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=default.enable_prefix_caching,
+        help="keep the KV of ended requests for others that begin alike",
+    )
+    group.add_argument(
+        "--policy", default=default.policy, help=f"how prefill and decode share: {_POLICIES}"
+    )
+    group.add_argument(
+        "--split", type=_split, default=default.split, help="static-split: DECODE/PREFILL cores"
+    )
+    group.add_argument(
+        "--look-ahead", type=int, default=default.look_ahead, help="static-split: decode steps"
+    )
+
+
+def _split(text: str) -> tuple[int, int]:
+    decode, prefill = text.split("/")
+    return int(decode), int(prefill)
 
 
 def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,6 +151,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     chosen = {name: value for name in _CHOICES if (value := getattr(args, name)) is not None}
     params = SamplingParams(**chosen, max_tokens=args.max_tokens, stop=args.stop)  # checked early
+    if args.input is not None or args.output is not None:
+        return _generate_file(args, chosen)
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     llm = LLM(
         args.model,
@@ -133,10 +174,60 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
+    """Answers --input into --output; chosen: the parameters that flags gave."""
+    from tqdm import tqdm
+
+    from duetjax import batch
+    from duetjax.build import ModelRequest, load
+    from duetjax.run_batch import run_batch
+
+    if args.max_tokens is not None:
+        chosen["max_tokens"] = args.max_tokens
+    if args.stop:
+        chosen["stop"] = args.stop
+    _check_files(args, chosen)
+    total = batch.count_requests(args.input)
+    request = ModelRequest(args.model, args.tokenizer, args.chat_template, args.load_format)
+    with batch.ResultFile(args.output) as output:
+        model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
+        service = _service(model, filter(None, (model.name, args.model)))
+        plain = None
+        if not batch.is_batch_format(args.input):
+            chat = service.tokenizer.has_chat_template and not args.raw
+            plain = batch.PlainText(batch.CHAT if chat else batch.COMPLETIONS, chosen)
+            until_full = replace(service.defaults, max_tokens=model.max_model_len)
+            service = replace(service, defaults=until_full)
+        requests = batch.read_requests(args.input, plain)
+        try:
+            with tqdm(total=total, desc="generating", unit="request", disable=None) as bar:
+                num_failed = run_batch(service, requests, output, bar, 2 * args.max_num_seqs)
+        finally:
+            model.engine.shutdown(timeout=30)
+        output.finish()
+    print(f"duetjax: {args.output}: {total} results, {num_failed} of them errors", file=sys.stderr)
+    return 0
+
+
+def _check_files(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
+    from duetjax.batch import is_batch_format
+
+    if args.input is None or args.output is None:
+        raise ConfigError("--input and --output go together; give both")
+    if args.prompt is not None:
+        raise ConfigError("give a prompt or --input, not both")
+    if args.input.resolve() == args.output.resolve():
+        raise ConfigError("--output would overwrite --input; name another file")
+    names = [*chosen, *(["raw"] if args.raw else [])]
+    if names and is_batch_format(args.input):
+        raise ConfigError(
+            f"{', '.join(map(flag, names))}: each line of a .jsonl file says this itself; leave it"
+            " out"
+        )
+
+
 def _serve(args: argparse.Namespace) -> int:
     from duetjax.build import ModelRequest, load
-    from duetjax.runtime import compilations
-    from duetjax.serve.context import Service
     from duetjax.serve.server import HttpServer, bind
 
     if args.model and args.model_flag:
@@ -146,25 +237,33 @@ def _serve(args: argparse.Namespace) -> int:
     )
     with bind(args.host, args.port) as listener:
         model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
-        assert model.tokenizer is not None
-        service = Service(
-            client=model.engine,
-            tokenizer=model.tokenizer,
-            model_names=tuple(args.served_model_name or [model.name]),
-            created=int(time.time()),
-            max_model_len=model.max_model_len,
-            vocab_size=model.config.vocab_size,
-            eos_token_ids=model.generation.eos_token_ids,
-            defaults=model.generation.sampling,
-            compilations=compilations.count,
-            api_key=args.api_key,
-        )
+        service = _service(model, args.served_model_name or [model.name])
+        service = replace(service, api_key=args.api_key)
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
         try:
             server.run(lambda line: print(line, flush=True))
         finally:
             model.engine.shutdown(timeout=30)
     return 0
+
+
+def _service(model: "LoadedModel", names: Iterable[str]) -> "Service":
+    """The endpoint's view of a model that was loaded with its tokenizer."""
+    from duetjax.runtime import compilations
+    from duetjax.serve.context import Service
+
+    assert model.tokenizer is not None, f"{model.name} without a tokenizer"
+    return Service(
+        client=model.engine,
+        tokenizer=model.tokenizer,
+        model_names=tuple(dict.fromkeys(names)),
+        created=int(time.time()),
+        max_model_len=model.max_model_len,
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.generation.eos_token_ids,
+        defaults=model.generation.sampling,
+        compilations=compilations.count,
+    )
 
 
 def _convert(args: argparse.Namespace) -> int:

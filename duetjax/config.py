@@ -4,7 +4,7 @@ Imports the standard library only; every other module may import this one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from reprlib import repr as short  # values of hostile files may be megabytes long
 from typing import Any, Self, cast
@@ -281,7 +281,18 @@ def flag(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
 
-_NOT_INTEGERS = ("dtype", "gpu_memory_utilization", "deterministic")  # fields of EngineConfig
+class PolicyName(StrEnum):
+    """How the device is shared; see `policy.policies`."""
+
+    AGGREGATED = "aggregated"
+    PREFILL_FIRST = "prefill-first"
+    STATIC_SPLIT = "static-split"
+
+
+_INTEGERS = (  # fields of EngineConfig
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
+    *("kv_cache_memory_bytes", "seed", "look_ahead"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +305,10 @@ class EngineConfig:
     most that the KV pool takes; it takes less where max_num_seqs full contexts need less. None
     means 512 MiB on the host, and on a GPU what weights and temporaries leave of
     gpu_memory_utilization, a share of its memory. deterministic: the same request gives the same
-    tokens, bit for bit, alone and in any company; slower.
+    tokens, bit for bit, alone and in any company; slower. enable_prefix_caching: keep the KV of
+    ended requests for others that begin alike. policy: how prefill and decode share the device;
+    with static-split, split (SMs or cores for decode and for prefill) and look_ahead (decode steps
+    per launch).
     """
 
     max_model_len: int | None = None
@@ -306,14 +320,24 @@ class EngineConfig:
     dtype: str = "auto"
     seed: int = 0
     deterministic: bool = False
+    enable_prefix_caching: bool = True
+    policy: str = PolicyName.AGGREGATED
+    split: tuple[int, int] = (1, 1)
+    look_ahead: int = 8
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _NOT_INTEGERS or value is None:
-                continue
-            if type(value) is not int:
-                raise ConfigError(f"{flag(field.name)} {value!r} must be an integer")
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ConfigError(f"{flag(name)} {value!r} must be an integer")
+        if self.policy not in list(PolicyName):
+            raise ConfigError(f"--policy {self.policy}: choose {', '.join(PolicyName)}")
+        if self.deterministic and self.policy == PolicyName.STATIC_SPLIT:
+            raise ConfigError("--deterministic has launches of its own; leave --policy out")
+        if min(self.split) < 1 or len(self.split) != 2:
+            raise ConfigError(f"--split {self.split}: give both sides at least 1, as in 32/100")
+        if not 1 <= self.look_ahead <= MAX_LOOK_AHEAD:
+            raise ConfigError(f"--look-ahead {self.look_ahead} must be from 1 to {MAX_LOOK_AHEAD}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization {self.gpu_memory_utilization} must be above 0 and at"
@@ -336,6 +360,8 @@ class EngineConfig:
             raise ConfigError(f"--seed {self.seed} must be from 0 to 2^32 - 1")
 
 
+MAX_LOOK_AHEAD = 64  # a stop string or an abort wastes at most this many steps
+MAX_PRIORITY = 1000
 MAX_STOP_IDS = 16  # end-of-sequence ids and stop_token_ids of one request together
 MAX_LOGIT_BIAS = 64  # entries; the device's tables have this many columns
 MAX_LOGPROBS = 20

@@ -1,7 +1,8 @@
 """The engine's loop on its own thread, and `EngineClient`, the only door to it.
 
-One round: take in what was submitted and aborted -> plan -> submit -> commit -> hand the outputs
-on. Knows neither text nor HTTP nor devices; what goes in and comes out are plain values.
+One round: take in what was submitted, aborted and finished -> plan -> submit -> hand the outputs
+on. Whatever happens arrives in one inbox, so nothing waits for the device but by sleeping there.
+Knows neither text nor HTTP nor devices; what goes in and comes out are plain values.
 """
 
 import logging
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
-from duetjax.policy.launch import Executor
-from duetjax.policy.request import FinishReason, NewRequest, RequestOutput
+from duetjax.policy.launch import Executor, FinishedStep, Launch
+from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.scheduler import Scheduler, Stats
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ class _Phase(Enum):
 @dataclass(frozen=True, slots=True)
 class _Abort:
     id: str
+
+
+type _Item = NewRequest | _Abort | FinishedStep | BaseException
 
 
 class EngineClient:
@@ -64,15 +68,15 @@ class EngineClient:
         # _wakeup guards what follows; it is held for moments, never while a step or callback runs.
         self._wakeup = threading.Condition()
         self._phase = _Phase.NEW
-        self._inbox: list[NewRequest | _Abort] = []
+        self._inbox: list[_Item] = []
         self._live: dict[str, None] = {}  # ids without a final output yet, oldest first
-        self._round_began: float | None = None  # None while the thread sleeps for want of work
+        self._last_progress: float | None = None  # None while nothing is in flight
         self._failure: BaseException | None = None
 
-    def start(self, on_outputs: Callable[[tuple[RequestOutput, ...]], None]) -> None:
+    def start(self, on_outputs: Callable[[StepOutputs], None]) -> None:
         """Starts the engine thread, which calls `on_outputs` with all outputs of a step at once.
 
-        The next step waits for `on_outputs`, so it should only pass the batch on. If it raises,
+        The next plan waits for `on_outputs`, so it should only pass the batch on. If it raises,
         nobody knows who was told what: the engine fails as if the device had, and every live
         request, those of the lost batch included, is offered an ERROR output in a last call.
         """
@@ -125,19 +129,20 @@ class EngineClient:
 
     @property
     def last_tick(self) -> float:
-        """When the round in progress began, by the engine's clock; now, where the engine is idle.
+        """When a launch was last begun or a step finished; now, where nothing is in flight.
 
-        Its age is how long one step has taken so far: a device that hangs shows here.
+        By the engine's clock. Its age is how long one step has taken so far: a device that hangs
+        shows here.
         """
-        began = self._round_began
-        return self._clock() if began is None else began
+        last = self._last_progress
+        return self._clock() if last is None else last
 
     def shutdown(self, timeout: float) -> bool:
-        """Ends the step in progress, then every live request with ABORT, then the thread.
+        """Ends the launches in flight, then every live request with ABORT, then the thread.
 
-        False if the thread is still stuck in its step after `timeout` seconds: the live requests
-        have then been given ERROR outputs from the calling thread, `failure` says why, and what
-        the step may yet bring is dropped. May be called twice, but not from `on_outputs`.
+        False if that takes longer than `timeout` seconds: the live requests have then been given
+        ERROR outputs from the calling thread, `failure` says why, and what launches may yet bring
+        is dropped. May be called twice, but not from `on_outputs`.
         """
         with self._wakeup:
             was_started = self._phase is not _Phase.NEW
@@ -147,7 +152,7 @@ class EngineClient:
             return True
         self._thread.join(timeout)
         if self._thread.is_alive():
-            self._fail(TimeoutError(f"the step in progress did not end within {timeout} s"))
+            self._fail(TimeoutError(f"launches in flight did not end within {timeout} s"))
             return False
         return True
 
@@ -184,65 +189,77 @@ class EngineClient:
             return "the engine has been shut down; start it again"
         return f"the engine has failed ({self._failure!r}); see its log, then start it again"
 
+    def _deliver(self, item: FinishedStep | BaseException) -> None:
+        """On the executor's thread."""
+        with self._wakeup:
+            self._inbox.append(item)
+            self._wakeup.notify()
+
     # What follows runs on the engine thread.
 
     def _run(self, executor: Executor) -> None:
         try:
-            while (inbox := self._next_inbox()) is not None:
-                aborted = self._take_in(inbox)
-                sampled = self._step(executor)
-                self._stats = self._scheduler.stats()
-                self._publish((*aborted, *sampled))
+            executor.start(self._deliver)
+            self._serve(executor)
             self._abort_all()
         except BaseException as failure:  # whatever it is, nobody may be left waiting
             _log.critical("the engine failed and takes no more requests", exc_info=failure)
             self._fail(failure.with_traceback(None))  # its frames hold the executor
+        executor.close()
 
-    def _next_inbox(self) -> list[NewRequest | _Abort] | None:
-        """Sleeps until there is work; what came in since the last round, None once closed."""
+    def _serve(self, executor: Executor) -> None:
+        """Round after round until shutdown, then until nothing is in flight."""
+        while (inbox := self._next_inbox()) is not None:
+            outputs = self._take_in(inbox)
+            launches: tuple[Launch, ...] = ()
+            if self._phase is _Phase.RUNNING:
+                launches = self._scheduler.plan(self._clock())
+            for launch in launches:
+                executor.submit(launch)
+            if not self._scheduler.num_in_flight:
+                self._last_progress = None
+            elif launches or any(isinstance(item, FinishedStep) for item in inbox):
+                self._last_progress = self._clock()
+            self._stats = self._scheduler.stats()
+            for batch in outputs:
+                self._publish(batch)
+
+    def _next_inbox(self) -> list[_Item] | None:
+        """Sleeps until something happens; None once closed and nothing is in flight."""
         with self._wakeup:
-            self._round_began = None
-            while not (self._inbox or self._scheduler.has_work or self._phase is _Phase.CLOSED):
+            while not self._inbox:
+                if self._phase is _Phase.CLOSED and not self._scheduler.num_in_flight:
+                    return None
                 self._wakeup.wait()
-            self._round_began = self._clock()
-            if self._phase is _Phase.CLOSED:
-                return None
             inbox, self._inbox = self._inbox, []
             return inbox
 
-    def _take_in(self, inbox: Iterable[NewRequest | _Abort]) -> list[RequestOutput]:
-        """Applies submissions and aborts in the order in which they came."""
-        aborted = []
+    def _take_in(self, inbox: Iterable[_Item]) -> list[StepOutputs]:
+        """Applies what happened, in the order in which it did."""
+        outputs = []
         for item in inbox:
-            if isinstance(item, NewRequest):
-                self._scheduler.add(item)
+            if isinstance(item, FinishedStep):
+                outputs.append(self._scheduler.commit(item, self._clock()))
+            elif isinstance(item, NewRequest):
+                self._scheduler.add(item, self._clock())
+            elif isinstance(item, BaseException):
+                raise item
             elif self._scheduler.abort(item.id):
-                aborted.append(RequestOutput(item.id, (), FinishReason.ABORT))
-        return aborted
-
-    def _step(self, executor: Executor) -> list[RequestOutput]:
-        launches = self._scheduler.plan(self._clock())
-        tickets = [executor.submit(launch) for launch in launches]
-        outputs: list[RequestOutput] = []
-        for launch, ticket in zip(launches, tickets, strict=True):
-            result = executor.result(ticket)
-            outputs += self._scheduler.commit(launch, result, self._clock())
+                outputs.append(StepOutputs(finished=((item.id, FinishReason.ABORT),)))
         return outputs
 
-    def _publish(self, outputs: tuple[RequestOutput, ...]) -> None:
-        """Hands on the outputs of live requests; the finished ones' ids are free from here on."""
+    def _publish(self, outputs: StepOutputs) -> None:
+        """Hands on a step's outputs; the finished ones' ids are free from here on."""
         with self._wakeup:
-            outputs = tuple(output for output in outputs if output.id in self._live)
-            finished = [output.id for output in outputs if output.finish is not None]
-            for request_id in finished:
+            if self._failure is not None or not outputs:  # failed: everybody has been told
+                return
+            for request_id, _ in outputs.finished:
                 del self._live[request_id]
-        if not outputs:
-            return
         try:
             self._on_outputs(outputs)
         except BaseException:
             with self._wakeup:  # perhaps never told that they finished: tell them of the failure
-                self._live.update(dict.fromkeys(finished))
+                self._live.update(dict.fromkeys(request_id for request_id, _ in outputs.finished))
             raise
 
     def _abort_all(self) -> None:
@@ -253,7 +270,7 @@ class EngineClient:
         for request_id in live:
             self._scheduler.abort(request_id)
         self._stats = self._scheduler.stats()
-        self._publish(tuple(RequestOutput(i, (), FinishReason.ABORT) for i in live))
+        self._publish(StepOutputs(finished=tuple((i, FinishReason.ABORT) for i in live)))
 
     def _fail(self, failure: BaseException) -> None:
         """Marks the engine dead and gives every live request its last output."""
@@ -261,11 +278,11 @@ class EngineClient:
             self._phase = _Phase.CLOSED
             self._failure = self._failure or failure
             self._inbox.clear()
-            ended = tuple(RequestOutput(i, (), FinishReason.ERROR) for i in self._live)
+            ended = tuple((request_id, FinishReason.ERROR) for request_id in self._live)
             self._live.clear()
         if not ended:
             return
         try:
-            self._on_outputs(ended)
+            self._on_outputs(StepOutputs(finished=ended))
         except Exception:
             _log.exception("on_outputs raised; %d requests may not know of the failure", len(ended))

@@ -9,19 +9,33 @@ with LLM() as llm:                              # no model named: the demo check
 import itertools
 import queue
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Self, cast
 
 from tqdm import tqdm
 
 from duetjax.build import LoadedModel, ModelRequest, load
-from duetjax.config import ConfigError, EngineConfig, InvalidRequest, SamplingParams
-from duetjax.engine import EngineDead
-from duetjax.policy.request import FinishReason, TokenLogprob
+from duetjax.completion import (
+    Completion,
+    Delta,
+    EncodedPrompt,
+    RequestOutput,
+    check_alive,
+    request_output,
+)
+from duetjax.config import (
+    MAX_PRIORITY,
+    ConfigError,
+    EngineConfig,
+    InvalidRequest,
+    SamplingParams,
+)
+from duetjax.policy.request import NewRequest, StepOutputs
 from duetjax.policy.request import RequestOutput as EngineOutput
-from duetjax.text.stream import TextStream
 from duetjax.text.tokenizer import Tokenizer
 
 type Prompt = str | Sequence[int]
@@ -30,121 +44,19 @@ type Arrival = tuple[EngineOutput, float]
 """An output, and when it reached this process (seconds of time.perf_counter)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """When things happened to one completion, in seconds since its submission.
-
-    token_times: when each token reached this process; the first one is the TTFT, and the
-    differences are the times between tokens.
-    """
-
-    token_times: tuple[float, ...]
-
-    @property
-    def ttft(self) -> float | None:
-        """Time to first token; None where there was none."""
-        return self.token_times[0] if self.token_times else None
-
-    @property
-    def tbt(self) -> tuple[float, ...]:
-        """Times between consecutive tokens."""
-        return tuple(b - a for a, b in itertools.pairwise(self.token_times))
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One completion of a prompt.
-
-    finish_reason: "stop" or "length"; "abort" if the LLM was closed meanwhile; "error" if the
-    model computed NaN or infinity for this completion, which then is what came before that.
-    logprobs: one for each of token_ids; None where the parameters do not ask for them. Token ids
-    and logprobs include a token or string that ended the completion, text does not.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    timings: Timings
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """A prompt and its `n` completions, in order. prompt is None where token ids were given."""
-
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of a streamed completion; finish_reason is set on the last one.
-
-    token_ids and logprobs are told as they are sampled, and may be ahead of the text.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-
-@dataclass(slots=True)
-class _Completion:
-    """A completion in the making: collects what the engine sends; no stream, no text."""
-
-    stream: TextStream | None
-    submitted: float
-    logprobs: list[TokenLogprob] | None
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    token_times: list[float] = field(default_factory=list)
-    finish: str | None = None
-
-    def take(self, output: EngineOutput, now: float) -> Delta:
-        """Adds one step's tokens; `finish` is set when a stop string or the engine ended it."""
-        finish, text = output.finish, ""
-        if self.stream is not None:
-            if finish is None:
-                delta = self.stream.push(output.token_ids)
-            else:
-                at_stop_id = finish is FinishReason.STOP
-                delta = self.stream.end(output.token_ids, at_stop_id=at_stop_id)
-            text = delta.text
-            finish = FinishReason.STOP if delta.stopped else finish
-        self.finish = None if finish is None else finish.value
-        self.text.append(text)
-        self.token_ids += output.token_ids
-        self.token_times += [now - self.submitted] * len(output.token_ids)
-        if self.logprobs is None:
-            return Delta(text, output.token_ids, self.finish)
-        self.logprobs += output.logprobs
-        return Delta(text, output.token_ids, self.finish, output.logprobs)
-
-    def output(self, index: int) -> CompletionOutput:
-        """The finished completion."""
-        assert self.finish is not None, f"completion {index} has not finished"
-        return CompletionOutput(
-            index=index,
-            text="".join(self.text),
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish,
-            timings=Timings(tuple(self.token_times)),
-            logprobs=None if self.logprobs is None else tuple(self.logprobs),
-        )
-
-
-class LLM:
-    """A model with its engine, ready to generate; close it, or use it in a `with` block.
+class BaseLLM(ABC):
+    """What `LLM` and `AsyncLLM` share: the model they load, and how they read what is asked.
 
     model: a folder, preset name or hub id; None is the bundled demo. tokenizer: another folder to
     take the tokenizer from. chat_template: a file to use instead of the model's template.
-    load_format: "auto" or "dummy" (random weights). Everything else is a field of `EngineConfig`.
-    Raises `DuetJAXError` with one line that says what to do. Methods may be called from several
-    threads.
+    load_format: "auto" or "dummy" (random weights). Everything else is a field of `EngineConfig`,
+    max_model_len also "auto" or -1, which is what fits, as if it were left out.
+    Raises `DuetJAXError` with one line that says what to do.
     """
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Starts the loaded model's engine."""
 
     def __init__(
         self,
@@ -158,13 +70,15 @@ class LLM:
         names = [field.name for field in fields(EngineConfig)]
         if unknown := engine.keys() - set(names):
             raise ConfigError(
-                f"LLM has no setting {', '.join(sorted(unknown))}; there are {', '.join(names)}"
+                f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}; there are"
+                f" {', '.join(names)}"
             )
+        if engine.get("max_model_len") in ("auto", -1):
+            del engine["max_model_len"]
         request = ModelRequest(model, tokenizer, chat_template, load_format)
         self._model = load(request, EngineConfig(**engine))
-        self._ids = itertools.count()
-        self._queues: dict[str, queue.SimpleQueue[Arrival]] = {}
-        self._model.engine.start(self._route)
+        self._numbers = itertools.count()
+        self._start()
 
     @property
     def has_chat_template(self) -> bool:
@@ -176,23 +90,54 @@ class LLM:
         """The model's own defaults, from its generation_config.json."""
         return self._model.defaults
 
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+        if not isinstance(prompt, str | Sequence):
+            kind = type(prompt).__name__
+            raise InvalidRequest(f"a prompt is a text or a list of token ids, not a {kind}")
+        if isinstance(prompt, str):
+            return EncodedPrompt(prompt, tuple(self._tokenizer().encode(prompt)))
+        return EncodedPrompt(None, tuple(prompt))
+
+    def _encode_chat(self, messages: Sequence[Message]) -> EncodedPrompt:
+        return EncodedPrompt(None, tuple(self._tokenizer().encode_chat(messages)))
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._model.tokenizer is None:
+            raise InvalidRequest(
+                f"model {self._model.name} has no tokenizer: give token ids, or name a folder that"
+                " has one as `tokenizer`"
+            )
+        return self._model.tokenizer
+
+
+class LLM(BaseLLM):
+    """A model with its engine, ready to generate; close it, or use it in a `with` block.
+
+    The settings are those of `BaseLLM`. Methods may be called from several threads.
+    """
+
+    def _start(self) -> None:
+        self._queues: dict[str, queue.SimpleQueue[Arrival]] = {}
+        self._model.engine.start(self._route)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Completes prompts, batched; one result per prompt, in order.
 
         prompts: a text, a list of token ids, or a list of these. sampling_params: one for all or
-        one each; None is the model's defaults. Raises `InvalidRequest` for a prompt or parameter
-        that cannot be served; then nothing of the batch goes on running. A completion that fails
-        alone does not raise: its finish_reason is "error", and the others are whole.
+        one each; None is the model's defaults. priority: one for all or one each; lower goes
+        first. Raises `InvalidRequest` for a prompt or parameter that cannot be served; then
+        nothing of the batch goes on running. A completion that fails alone does not raise: its
+        finish_reason is "error", and the others are whole.
         """
-        batch = _batch(prompts)
-        texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
-        return self._run(texts, [self._encode(p) for p in batch], sampling_params, use_tqdm)
+        encoded = [self._encode(prompt) for prompt in _batch(prompts)]
+        return self._run(encoded, sampling_params, priority, use_tqdm)
 
     def chat(
         self,
@@ -204,8 +149,7 @@ class LLM:
         """Answers one conversation or a list of them, through the model's chat template."""
         single = bool(messages) and isinstance(messages[0], Mapping)
         batch = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        encoded = [tuple(self._tokenizer().encode_chat(m)) for m in batch]
-        return self._run([None] * len(batch), encoded, sampling_params, use_tqdm)
+        return self._run([self._encode_chat(m) for m in batch], sampling_params, 0, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -219,7 +163,7 @@ class LLM:
     ) -> Iterator[Delta]:
         """Answers one conversation piece by piece; dropping the iterator aborts it."""
         _check_single(sampling_params)
-        return self._stream(tuple(self._tokenizer().encode_chat(messages)), sampling_params)
+        return self._stream(self._encode_chat(messages), sampling_params)
 
     def close(self) -> None:
         """Ends what is running and frees the engine; safe to call twice."""
@@ -233,36 +177,38 @@ class LLM:
 
     def _run(
         self,
-        texts: list[str | None],
-        prompts: list[tuple[int, ...]],
+        prompts: list[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         wanted = self._model.defaults if sampling_params is None else sampling_params
-        params = _one_each(wanted, len(prompts))
-        groups: list[list[_Completion]] = []
+        params = _one_each(wanted, "sampling_params", len(prompts))
+        priorities = _one_each(priority, "priorities", len(prompts))
+        ids = [f"llm-{next(self._numbers)}" for _ in prompts]
+        groups: list[list[Completion]] = []
         with self._call() as call:
-            for prompt, one in zip(prompts, params, strict=True):
-                groups.append(call.submit(prompt, one))
+            for name, prompt, one, order in zip(ids, prompts, params, priorities, strict=True):
+                requests = self._model.new_requests(name, prompt.token_ids, one)
+                groups.append(call.submit(prioritised(requests, order), one))
             total = sum(map(len, groups))
             with tqdm(total=total, desc="generating", disable=not use_tqdm) as bar:
                 for completion, _ in call.deltas():
                     bar.update(completion.finish is not None)
-        return [
-            RequestOutput(text, prompt, tuple(c.output(i) for i, c in enumerate(group)))
-            for text, prompt, group in zip(texts, prompts, groups, strict=True)
-        ]
+        return [request_output(*result) for result in zip(ids, prompts, groups, strict=True)]
 
-    def _stream(self, prompt: tuple[int, ...], params: SamplingParams | None) -> Iterator[Delta]:
+    def _stream(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Iterator[Delta]:
+        params = self._model.defaults if params is None else params
         with self._call() as call:
-            call.submit(prompt, self._model.defaults if params is None else params)
+            name = f"llm-{next(self._numbers)}"
+            call.submit(self._model.new_requests(name, prompt.token_ids, params), params)
             for _, delta in call.deltas():
                 yield delta
 
     def _call(self) -> "_Call":
-        return _Call(self._model, f"llm-{next(self._ids)}", self._queues)
+        return _Call(self._model, self._queues)
 
-    def _route(self, outputs: tuple[EngineOutput, ...]) -> None:
+    def _route(self, outputs: StepOutputs) -> None:
         """On the engine thread: hands each output to the call that waits for it, if one does."""
         now = time.perf_counter()
         for output in outputs:
@@ -270,33 +216,15 @@ class LLM:
             if waiting is not None:
                 waiting.put((output, now))
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str | Sequence):
-            kind = type(prompt).__name__
-            raise InvalidRequest(f"a prompt is a text or a list of token ids, not a {kind}")
-        return tuple(self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
-
-    def _tokenizer(self) -> Tokenizer:
-        if self._model.tokenizer is None:
-            raise InvalidRequest(
-                f"model {self._model.name} has no tokenizer: give token ids, or name a folder that"
-                " has one as `tokenizer`"
-            )
-        return self._model.tokenizer
-
 
 class _Call:
     """The generations of one API call; leaving it aborts those that have not ended."""
 
-    def __init__(
-        self, model: LoadedModel, name: str, queues: dict[str, queue.SimpleQueue[Arrival]]
-    ) -> None:
+    def __init__(self, model: LoadedModel, queues: dict[str, queue.SimpleQueue[Arrival]]) -> None:
         self._model = model
-        self._name = name
         self._queues = queues
         self._inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self._live: dict[str, _Completion] = {}
-        self._ids = itertools.count()
+        self._live: dict[str, Completion] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -306,28 +234,25 @@ class _Call:
             self._model.engine.abort(request_id)
             self._forget(request_id)
 
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams) -> list[_Completion]:
+    def submit(self, requests: Sequence[NewRequest], params: SamplingParams) -> list[Completion]:
         """Starts the n completions of a prompt."""
         completions = []
-        name = f"{self._name}-{next(self._ids)}"
-        for new in self._model.new_requests(name, prompt, params):
-            wanted: list[TokenLogprob] | None = None if params.logprobs is None else []
-            completion = _Completion(self._stream(params), time.perf_counter(), wanted)
+        for new in requests:
+            completion = Completion.begin(self._model.tokenizer, params, time.perf_counter())
             self._live[new.id] = completion
             self._queues[new.id] = self._inbox
             self._model.engine.submit(new)
             completions.append(completion)
         return completions
 
-    def deltas(self) -> Iterator[tuple[_Completion, Delta]]:
+    def deltas(self) -> Iterator[tuple[Completion, Delta]]:
         """What arrives, until every completion has ended; raises if the engine dies."""
         while self._live:
             output, arrived = self._inbox.get()
             completion = self._live.get(output.id)
             if completion is None:
                 continue  # its stop string came first
-            if output.finish is FinishReason.ERROR and self._model.engine.failure is not None:
-                raise EngineDead(f"the engine failed: {self._model.engine.failure!r}")
+            check_alive(self._model.engine, output)
             delta = completion.take(output, arrived)
             if completion.finish is not None:
                 if output.finish is None:
@@ -335,20 +260,18 @@ class _Call:
                 self._forget(output.id)
             yield completion, delta
 
-    def _stream(self, params: SamplingParams) -> TextStream | None:
-        if self._model.tokenizer is not None:
-            return TextStream(
-                self._model.tokenizer,
-                tuple(params.stop or ()),
-                params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-            )
-        if params.stop:
-            raise InvalidRequest("stop strings need a model with a tokenizer", param="stop")
-        return None
-
     def _forget(self, request_id: str) -> None:
         del self._live[request_id], self._queues[request_id]
+
+
+def prioritised(
+    requests: Iterable[NewRequest], priority: int, cache_salt: str = ""
+) -> tuple[NewRequest, ...]:
+    """The same requests with a priority and a salt for the prefix cache."""
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+        wanted = f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+        raise InvalidRequest(f"priority must be {wanted}, not {short(priority)}", param="priority")
+    return tuple(replace(new, priority=priority, cache_salt=cache_salt) for new in requests)
 
 
 def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -363,11 +286,9 @@ def _check_single(params: SamplingParams | None) -> None:
         raise InvalidRequest(f"n must be 1 for a stream, not {params.n}", param="n")
 
 
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams], count: int
-) -> Sequence[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidRequest(f"{len(params)} sampling_params were given for {count} prompts")
-    return params
+def _one_each[T](value: T | Sequence[T], name: str, count: int) -> Sequence[T]:
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{len(value)} {name} were given for {count} prompts")
+    return value

@@ -1,7 +1,7 @@
 """Makes the tests' own modules (`compare`, `golden`, fakes) importable by name.
 
 Programs compiled in one test are found in the store by the next, in other processes too; the folder
-is this run's own.
+is this run's own, whether in one process or in several.
 
 In CI, hypothesis draws the same examples every time: a submission is judged by its change. Run
 without CI=true it goes on looking for new ones.
@@ -27,6 +27,8 @@ if os.environ.get("CI") == "true":
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        return  # one of several processes of a run: the folder is theirs together
     folder = tempfile.TemporaryDirectory(prefix="duetjax-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ["DUETJAX_CACHE_DIR"] = folder.name

@@ -1,9 +1,7 @@
 """Random weights for --load-format dummy: the speed of a model without its download."""
 
 import math
-import os
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ from numpy.typing import NDArray
 
 from duetjax.checkpoint.tensors import Shapes, Weights
 from duetjax.config import ConfigError
+from duetjax.host import host_memory
 
 _STDDEV = 0.02  # initializer_range of the supported families
 # Normals drawn per tensor and repeated to fill it: drawing 8 billion would take minutes. Prime,
@@ -25,7 +24,7 @@ def dummy_weights(shapes: Shapes, dtype: np.dtype[Any], seed: int) -> Weights:
     one if all together exceed this machine's memory.
     """
     need = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    if need > (have := _host_memory()):
+    if need > (have := host_memory()):
         raise ConfigError(
             f"--load-format dummy: the weights take {need / 1e9:.1f} GB in {dtype}, this machine"
             f" has {have / 1e9:.1f} GB of memory; choose a smaller model or --dtype bfloat16"
@@ -39,13 +38,3 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], seed: int) 
     random = np.random.default_rng([seed, zlib.crc32(name.encode())])
     block = random.standard_normal(min(_BLOCK, math.prod(shape)), dtype=np.float32) * _STDDEV
     return np.resize(block.astype(dtype), shape)
-
-
-def _host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's if less."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdecimal() else memory

@@ -5,11 +5,14 @@ executor keeps each slot's token, position, sampling parameters, limit and page 
 compare with ==, so one trace gives the same launches in two processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag, StrEnum
 from typing import Protocol
 
 from duetjax.config import SamplingParams
+
+type Ticket = int
 
 
 class Program(StrEnum):
@@ -17,6 +20,22 @@ class Program(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class Lane(StrEnum):
+    """Where a launch runs: on the whole device, or on one side of a split, beside the other."""
+
+    WHOLE = "whole"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How many SMs (on a host: cores) each lane has."""
+
+    decode: int
+    prefill: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +57,8 @@ class SlotParams:
 class Launch:
     """`k` executions of one program over R rows, at most one row per slot.
 
+    ticket: counts launches from 0. lane, split: where it runs; `whole` has no split. Launches of
+    one lane take effect in the order of their tickets; `whole` and the others exclude each other.
     bucket: padded size the program was compiled for: tokens T for prefill, rows B for decode.
     slots [R]: the slot of each row.
     starts, counts [R]: prefill only: first position and number of the tokens computed for a row;
@@ -49,16 +70,22 @@ class Launch:
     pages: (slot, index, page): page-table entries set since the launch before.
     limits: (slot, limit) set since the launch before. A slot takes decoding steps while it has not
         stopped and its position is below its limit: min(last position fed + 1, reserved room).
+    handovers: (slot, ticket): rows that decode for the first time since that launch finished their
+        prompt on the prefill lane. It has completed; their token and position are still its own.
     wants_top: also copy each row's most likely tokens to the host.
+    predicted_ms: how long it should take; None where nobody predicts.
 
     A decoding row feeds its slot's token at its slot's position, samples the next token and moves
     on by one position. A slot that has stopped or is at its limit does not move, and writes nothing
     outside the dummy page. Deltas apply before the first of the k steps; prefill has k = 1.
     """
 
+    ticket: Ticket
     program: Program
     bucket: int
     slots: tuple[int, ...]
+    lane: Lane = Lane.WHOLE
+    split: Split | None = None
     k: int = 1
     starts: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
@@ -67,7 +94,9 @@ class Launch:
     admitted: tuple[SlotParams, ...] = ()
     pages: tuple[tuple[int, int, int], ...] = ()
     limits: tuple[tuple[int, int], ...] = ()
+    handovers: tuple[tuple[int, Ticket], ...] = ()
     wants_top: bool = False
+    predicted_ms: float | None = None
 
 
 class RowFlag(IntFlag):
@@ -89,28 +118,41 @@ class RowFlag(IntFlag):
 class StepResult:
     """One step of a launch, by row [R].
 
-    logprobs: of the sampled tokens, natural logarithm, by the model alone (before penalties,
-    temperature and filters). top: the 20 most likely tokens as (id, logprob), most likely first
-    (fewer where the vocabulary is smaller); empty unless the launch wants them.
+    flags: `RowFlag` bits. logprobs: of the sampled tokens, natural logarithm, by the model alone
+    (before penalties, temperature and filters). top: the 20 most likely tokens as (id, logprob),
+    most likely first (fewer where the vocabulary is smaller); empty unless the launch wants them.
     """
 
     tokens: tuple[int, ...]
-    flags: tuple[RowFlag, ...]
+    flags: tuple[int, ...]
     logprobs: tuple[float, ...]
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-type Ticket = int
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """Step `step` of launch `ticket` is done, step < k; after the last one the launch is."""
+
+    ticket: Ticket
+    step: int
+    result: StepResult
+
+
+type Deliver = Callable[[FinishedStep | BaseException], None]
 
 
 class Executor(Protocol):
-    """Runs launches in the order of submission; knows nothing of requests."""
+    """Runs launches; knows nothing of requests. Owned by one thread, which makes all calls."""
 
-    def submit(self, launch: Launch) -> Ticket:
-        """Starts a launch without waiting for it; deltas apply in order of submission."""
+    def start(self, deliver: Deliver) -> None:
+        """Begins: `deliver` gets every step as it finishes, from any thread, and must not wait.
 
-    def result(self, ticket: Ticket, step: int = 0) -> StepResult:
-        """Waits for a step of a launch, step < k; each is asked for once, in order.
-
-        Raises what the device raised.
+        The steps of a launch, and the launches of a lane, arrive in order. Given an exception
+        instead, the device has failed and nothing more will come.
         """
+
+    def submit(self, launch: Launch) -> None:
+        """Starts a launch without waiting for it; its deltas apply before its first step."""
+
+    def close(self) -> None:
+        """Waits for launches in flight, then frees the device's memory."""

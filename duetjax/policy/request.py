@@ -1,9 +1,12 @@
 """One generation as the scheduler sees it: tokens in, tokens out, pages held."""
 
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 from duetjax.config import SamplingParams
+from duetjax.policy.prefix_cache import Node
 
 
 class FinishReason(StrEnum):
@@ -22,7 +25,9 @@ class NewRequest:
     max_tokens: at least 1. sampling: how tokens are chosen; its seed is given (whoever submits
     draws one when the user did not), its n, max_tokens and stop are not looked at.
     stop_ids: token ids that end it, end-of-sequence ids included where they are not to be ignored;
-    the id itself is reported and counted.
+    the id itself is reported and counted. priority: lower goes first; see `queue.AGEING_SECONDS`.
+    cache_salt: KV is shared only among requests with the same one. tbt_slo_ms: objective for the
+    time between its tokens; None is the engine's.
     """
 
     id: str
@@ -30,6 +35,9 @@ class NewRequest:
     max_tokens: int
     sampling: SamplingParams
     stop_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+    tbt_slo_ms: float | None = None
 
 
 def new_requests(
@@ -39,6 +47,8 @@ def new_requests(
     *,
     eos_token_ids: tuple[int, ...],
     room: int,
+    priority: int = 0,
+    cache_salt: str = "",
 ) -> tuple[NewRequest, ...]:
     """The n generations of one prompt, with ids `request_id`-0, -1 and so on.
 
@@ -54,6 +64,8 @@ def new_requests(
             max_tokens=room if params.max_tokens is None else params.max_tokens,
             sampling=replace(params, seed=_wrapped(params.seed + index)),
             stop_ids=stop_ids,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         for index in range(params.n)
     )
@@ -80,33 +92,104 @@ class RequestOutput:
     """What one step produced for one request.
 
     token_ids: newly sampled ids, in order, never empty unless finish says why it ended.
-    logprobs: one per token id where the request asked for them, else empty.
+    logprobs: one per token id where the request asked for them, else empty. num_cached_tokens: in
+    the first output of a request, how many tokens of its prompt came from the prefix cache.
     """
 
     id: str
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What one step produced, by column, in plain values; iterating gives a `RequestOutput` each.
+
+    ids, tokens: one sampled token per request. finished: (id, why) of requests whose last output
+    this is, in `ids` or, without a token, not. logprobs, cached: (row, its logprob), (row, its
+    num_cached_tokens), for the rows that have any.
+    """
+
+    ids: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    finished: tuple[tuple[str, FinishReason], ...] = ()
+    logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    cached: tuple[tuple[int, int], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.ids or self.finished)
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        finished, logprobs, cached = dict(self.finished), dict(self.logprobs), dict(self.cached)
+        for row, (request_id, token) in enumerate(zip(self.ids, self.tokens, strict=True)):
+            scored = (logprobs[row],) if row in logprobs else ()
+            finish = finished.pop(request_id, None)
+            yield RequestOutput(request_id, (token,), finish, scored, cached.get(row, 0))
+        for request_id, why in finished.items():
+            yield RequestOutput(request_id, (), why)
+
+
+class Phase(Enum):
+    """Where a request stands. HANDING_OVER: its prompt ends in a launch on the prefill lane."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    HANDING_OVER = "handing over"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+type Rank = tuple[float, int]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request's progress, owned and written by the scheduler alone.
+    """A request's progress, owned and written by the scheduler alone; numbers are in `columns`.
 
-    tokens: prompt and output so far. num_computed: how many of them have their KV written, a
-    prefix of `tokens`; preemption sets it to 0. num_sent: how many output tokens have been handed
-    on. pages: the KV pages held, by position.
+    rank: lower goes first. tokens: prompt and output so far. slot: kept, while waiting too, until
+    no launch in flight names it. pages: KV pages by position. chain: nodes of the prefix cache for
+    the first pages; pages[i] is another page than chain[i]'s where two computed the same at once.
+    twin: the page it computes next, where others wait for it. num_cached: tokens of its prompt that
+    came from the prefix cache. num_muted: tokens that it will sample once more, already handed on.
     """
 
     new: NewRequest
-    sequence: int
+    rank: Rank
+    phase: Phase = Phase.WAITING
     tokens: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_sent: int = 0
-    pages: list[int] = field(default_factory=list)
     slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    chain: list[Node] = field(default_factory=list)
+    twin: tuple[Node | str, bytes] | None = None
+    num_cached: int = 0
+    num_muted: int = 0
+    _keys: list[bytes] = field(default_factory=list)
 
     @property
     def num_output(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - len(self.new.prompt)
+
+    @property
+    def wants_top(self) -> bool:
+        """Whether its logprobs come with alternatives."""
+        return bool(self.new.sampling.logprobs)
+
+    def restart(self) -> None:
+        """Forgets the output, to be decoded again with the same seed and not handed on twice.
+
+        Computed as a prompt, it would differ in the last bits.
+        """
+        self.num_muted += self.num_output
+        del self.tokens[len(self.new.prompt) :]
+        self._keys.clear()
+
+    def keys(self, page_size: int) -> list[bytes]:
+        """What identifies each full page of its tokens among its siblings: the tokens."""
+        for start in range(len(self._keys) * page_size, len(self.tokens), page_size):
+            page = self.tokens[start : start + page_size]
+            if len(page) == page_size:
+                self._keys.append(array("i", page).tobytes())
+        return self._keys

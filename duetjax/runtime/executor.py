@@ -1,4 +1,4 @@
-"""Runs launches as plain JAX calls on the default device, in the order of submission."""
+"""Runs launches as plain JAX calls on one device, in the order of submission."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams, StepResult, Ticket
+from duetjax.policy.launch import Launch, Program, SlotParams, StepResult, Ticket
 from duetjax.runtime.programs import (
     DeviceState,
     Key,
@@ -27,11 +27,11 @@ class _InFlight:
     blocks: list[ResultBlock]
 
 
-class JaxExecutor:
-    """Implements `policy.launch.Executor` on one JAX device.
+class JaxDevice:
+    """Implements `in_order.Device`: lanes are served one after another.
 
     Nothing here waits for the device but `result`: slot state stays there, and a launch's k steps
-    are k calls that feed each other.
+    are k calls that feed each other. With one order for everything, hand-overs need nothing.
     """
 
     def __init__(self, programs: Programs, executables: Executables, weights: Leaves) -> None:
@@ -40,9 +40,8 @@ class JaxExecutor:
         self._state: DeviceState = executables[Upkeep.ALLOCATE]()
         self._tables = HostTables(programs.slots)
         self._dummy_slot = programs.slots.num_slots
-        self._prefill_rows = programs.buckets.prefill_rows
+        self._buckets = programs.buckets
         self._in_flight: dict[Ticket, _InFlight] = {}
-        self._next_ticket = 0
 
     def submit(self, launch: Launch) -> Ticket:
         """Dispatches a launch; returns before the device has finished."""
@@ -58,13 +57,11 @@ class JaxExecutor:
         for _ in range(launch.k):
             self._state, block = executable(self._weights, *self._state, tables, *inputs)
             blocks.append(block)
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        self._in_flight[ticket] = _InFlight(launch, blocks)
-        return ticket
+        self._in_flight[launch.ticket] = _InFlight(launch, blocks)
+        return launch.ticket
 
     def result(self, ticket: Ticket, step: int = 0) -> StepResult:
-        """Waits for a step; see `policy.launch.Executor`."""
+        """Waits for a step; see `in_order.Device`. May be called from another thread."""
         launch, blocks = self._in_flight[ticket].launch, self._in_flight[ticket].blocks
         if step == launch.k - 1:
             del self._in_flight[ticket]
@@ -73,7 +70,7 @@ class JaxExecutor:
         top = np.asarray(blocks[step].top)[:num_rows] if launch.wants_top else None
         return StepResult(
             tokens=tuple(rows[:, 0].tolist()),
-            flags=tuple(RowFlag(flags) for flags in rows[:, 1].tolist()),
+            flags=tuple(rows[:, 1].tolist()),
             logprobs=tuple(_floats(rows[:, 2]).tolist()),
             top=() if top is None else tuple(_pairs(row) for row in top),
         )
@@ -88,7 +85,7 @@ class JaxExecutor:
         return (_padded(launch.slots, launch.bucket, self._dummy_slot),)
 
     def _prefill_inputs(self, launch: Launch) -> tuple[np.ndarray, ...]:
-        rows = self._prefill_rows
+        rows = self._buckets.rows_of(launch.bucket)
         tokens = np.zeros(launch.bucket, np.int32)
         offsets, fed = [0], 0
         for count in launch.counts:

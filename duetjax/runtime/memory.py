@@ -1,8 +1,6 @@
 """How many KV pages fit beside weights and temporaries, and the longest context that leaves."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.model.kv_pages import KVLayout
@@ -99,14 +97,21 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, dtype: str, pool: int)
     return MemoryPlan(layout, wanted)
 
 
-def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's if less."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdecimal() else memory
+def check_free(engine: EngineConfig, memory: DeviceMemory, pool: int, free: int) -> None:
+    """Raises `ConfigError` if others hold so much of the device's memory that the plan cannot be.
+
+    pool: bytes of KV pages. free: bytes, before anything of the plan has been allocated.
+    """
+    need = memory.fixed + pool
+    if need <= free:
+        return
+    asked = engine.kv_cache_memory_bytes
+    now = "" if asked is None else f", now {asked}"
+    raise ConfigError(
+        f"weights, slot state, temporaries and KV pages need {_gb(need)}, but only {_gb(free)} of"
+        f" {_gb(memory.total)} are free: another process holds the rest; stop it, or lower"
+        f" --kv-cache-memory-bytes{now}"
+    )
 
 
 def _gb(count: int) -> str:

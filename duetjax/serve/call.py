@@ -76,23 +76,33 @@ class ReplyFormat(Protocol):
 class Call:
     """Everything decided about one HTTP call before the engine sees it.
 
-    prompt_tokens: each prompt counted once, whatever n is. headers: for the response.
+    n: generations per prompt. prompt_tokens: each prompt counted once, whatever n is. headers: for
+    the response.
     """
 
     choices: tuple[Choice, ...]
     reply: ReplyFormat
+    n: int
     prompt_tokens: int
     stream: bool
     include_usage: bool
     headers: Mapping[str, str]
 
-    def usage(self, completion_tokens: int) -> dict[str, Any]:
-        """OpenAI's usage object."""
+    def usage(self, completion_tokens: int, cached: Mapping[int, int]) -> dict[str, Any]:
+        """OpenAI's usage object; cached: tokens that each choice found in the prefix cache.
+
+        The choices of a prompt find what the first of them has computed; what all of them found
+        was there before.
+        """
+        found = [cached.get(choice.index, 0) for choice in self.choices]
+        prompts = range(0, len(found), self.n)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self.prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {
+                "cached_tokens": sum(min(found[i : i + self.n]) for i in prompts)
+            },
         }
 
 
@@ -146,6 +156,8 @@ def make_choices(
             _sampling(service, body, prompt, usual_max_tokens),
             eos_token_ids=service.eos_token_ids,
             room=service.max_model_len - len(prompt),
+            priority=body.priority,
+            cache_salt=body.cache_salt or "",
         )
     return tuple(Choice(index, new) for index, new in enumerate(requests))
 

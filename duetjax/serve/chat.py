@@ -35,6 +35,7 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
     return Call(
         choices=choices,
         reply=reply,
+        n=body.n,
         prompt_tokens=len(prompt),
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -37,6 +37,7 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
     return Call(
         choices=choices,
         reply=reply,
+        n=body.n,
         prompt_tokens=sum(map(len, prompts)),
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from duetjax.policy.request import RequestOutput
+from duetjax.policy.request import RequestOutput, StepOutputs
 from duetjax.serve.errors import HttpError
 
 
@@ -36,7 +36,7 @@ class Dispatcher:
         """Names the loop that outputs go to; before the engine starts."""
         self._loop = loop
 
-    def on_outputs(self, outputs: tuple[RequestOutput, ...]) -> None:
+    def on_outputs(self, outputs: StepOutputs) -> None:
         """Takes one step's outputs; called by the engine thread, returns at once."""
         assert self._loop is not None, "bind() before the engine starts"
         try:
@@ -64,7 +64,7 @@ class Dispatcher:
         for queue in set(self._queues.values()):
             queue.put_nowait(failure)
 
-    def _deliver(self, outputs: tuple[RequestOutput, ...], at: float) -> None:
+    def _deliver(self, outputs: StepOutputs, at: float) -> None:
         for output in outputs:
             if (queue := self._queues.get(output.id)) is not None:
                 queue.put_nowait(Arrival(output, at))

@@ -60,7 +60,7 @@ async def _collect(call: Call, generation: Generation) -> Response:
         if (delta := await generation.next()) is not None:
             deltas[delta.index].append(delta)
     whole = call.reply.whole([joined(own) for own in deltas])
-    body = orjson.dumps(whole | {"usage": call.usage(generation.num_tokens)})
+    body = orjson.dumps(whole | {"usage": call.usage(generation.num_tokens, generation.cached)})
     return Response(body, headers=call.headers, media_type="application/json")
 
 

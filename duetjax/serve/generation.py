@@ -70,6 +70,7 @@ class Generation:
         }
         self._unfinished_because = FinishReason.ABORT
         self.num_tokens = 0
+        self.cached: dict[int, int] = {}  # by choice
 
     def __enter__(self) -> Self:
         self._mail: asyncio.Queue[Mail] = self._dispatcher.subscribe(self._ids)
@@ -133,6 +134,8 @@ class Generation:
         output, choice = arrival.output, progress.choice
         if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
             raise self._failure(output.finish)
+        if output.num_cached_tokens:
+            self.cached[choice.index] = output.num_cached_tokens
         if output.token_ids:
             self._observe_tokens(progress, arrival.at, len(output.token_ids))
         finish = output.finish

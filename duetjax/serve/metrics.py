@@ -77,17 +77,25 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats()
-        held = stats.pages_total - stats.pages_free
-        usage = held / stats.pages_total if stats.pages_total else 0.0
+        in_use = stats.pages_held + stats.pages_quarantined
+        usage = in_use / stats.pages_total if stats.pages_total else 0.0
         yield self._gauge("vllm:num_requests_running", "Requests being computed", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests in the queue", stats.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "KV pages in use, 1 is all of them", usage)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens sampled", stats.generation_tokens)
         yield self._counter("vllm:num_preemptions", "Requests put back", stats.preemptions)
+        yield self._counter(
+            "vllm:prefix_cache_queries", "Tokens looked up when admitted", stats.prefix_queries
+        )
+        yield self._counter(
+            "vllm:prefix_cache_hits", "Of those, tokens found computed", stats.prefix_hits
+        )
         pages = GaugeMetricFamily("duetjax_pages", "KV pages by state", labels=["state"])
         pages.add_metric(["free"], stats.pages_free)
-        pages.add_metric(["held"], held)
+        pages.add_metric(["held"], stats.pages_held)
+        pages.add_metric(["quarantined"], stats.pages_quarantined)
+        pages.add_metric(["cached"], stats.pages_cached)
         yield pages
         compiled = "Programs compiled by XLA in this process; constant once it serves"
         yield CounterMetricFamily("duetjax_compilations", compiled, self._compilations())

@@ -16,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic.functional_validators import PlainValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from duetjax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, InvalidRequest
+from duetjax.config import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_STOP_IDS,
+    InvalidRequest,
+)
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
@@ -104,6 +110,8 @@ class GenerationBody(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Self:

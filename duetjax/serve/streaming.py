@@ -46,7 +46,7 @@ async def _send_chunks(call: Call, generation: Generation, send: Send) -> None:
             begun.add(delta.index)
             await _write(send, b"".join(_event(chunk | tail) for chunk in chunks))
     if call.include_usage:
-        usage = {"usage": call.usage(generation.num_tokens)}
+        usage = {"usage": call.usage(generation.num_tokens, generation.cached)}
         await _write(send, _event(call.reply.last() | usage))
 
 

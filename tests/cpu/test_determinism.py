@@ -1,10 +1,15 @@
-"""`--deterministic`: a request's tokens and logprobs, bit for bit, alone and in any company."""
+"""`--deterministic`: a request's tokens and logprobs, bit for bit, alone and in any company.
+
+And without the flag: the same tokens with the prefix cache and without it, near-ties aside.
+"""
 
 import queue
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from compare import assert_same_generations
 from golden import tiny
 
 from duetjax.build import build_engine
@@ -21,9 +26,10 @@ PAGE = 16
 class Engine:
     """Runs batches of requests; what each of them got, to the bit."""
 
-    def __init__(self, folder, **changes):
+    def __init__(self, folder, *, deterministic=True, **changes):
         settings = {"max_model_len": 128, "max_num_seqs": 16, "max_num_batched_tokens": 48}
-        config = EngineConfig(**settings, page_size=PAGE, deterministic=True, **changes)
+        settings |= {"page_size": PAGE, "deterministic": deterministic}
+        config = EngineConfig(**settings, **changes)
         self.client, _ = build_engine(resolve_model(str(folder)), config)
         self._outputs = queue.SimpleQueue()
         self.client.start(self._outputs.put)
@@ -91,3 +97,39 @@ def test_a_preempted_request_gets_the_same_bits_and_sends_nothing_twice(engine, 
     assert crowded.client.stats().preemptions > 0
     crowded.client.shutdown(30)
     assert got == {new.id: engine.run(new)[new.id] for new in news}
+
+
+def family(dice, count, **sampling):
+    """Requests that begin alike: with one of two beginnings of 48 or more tokens."""
+    vocab = tiny.CONFIGS[MODEL]["vocab_size"]
+    beginnings = [[dice.randrange(vocab) for _ in range(n)] for n in (48, 60)]
+    for index in range(count):
+        end = [dice.randrange(vocab) for _ in range(dice.randrange(1, 30))]
+        params = SamplingParams(seed=index, logprobs=2, **sampling)
+        yield NewRequest(f"{index}", (*dice.choice(beginnings), *end), 12, params)
+
+
+def with_and_without_cache(folder, news, **settings):
+    got = []
+    for caching in (True, False):
+        engine = Engine(folder, enable_prefix_caching=caching, **settings)
+        got.append([engine.run(new)[new.id] for new in news[:4]])
+        got[-1] += engine.run(*news[4:]).values()
+        hits = engine.client.stats().prefix_hits
+        engine.client.shutdown(30)
+        assert (hits > 48 * len(news) / 2) if caching else (hits == 0)
+    return got
+
+
+def test_what_was_found_in_the_prefix_cache_gives_the_same_bits(folder):
+    news = list(family(random.Random(1), 16, temperature=0.8))
+    cached, computed = with_and_without_cache(folder, news)
+    assert cached == computed
+
+
+def test_what_was_found_in_the_prefix_cache_gives_the_same_tokens_by_default(folder):
+    news = list(family(random.Random(2), 60, temperature=0.0))
+    cached, computed = with_and_without_cache(folder, news, deterministic=False)
+    tokens = [[np.array([token for token, _ in one]) for one in got] for got in (cached, computed)]
+    gaps = [np.array([lp.top[0][1] - lp.top[1][1] for _, lp in one]) for one in computed]
+    assert_same_generations(*tokens, gaps)

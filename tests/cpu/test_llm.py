@@ -2,24 +2,20 @@
 
 import itertools
 import math
-import random
 import threading
 from dataclasses import replace
 
 import pytest
+from alphabet_model import alphabet_model
 from compare import first_differences
-from fake_engine import FakeEngine, continuation
+from fake_engine import FakeEngine, continuation, wait_until
 from fake_executor import top_tokens
-from serve_setup import write_tokenizer
 
 import duetjax.llm
 from duetjax import LLM, SamplingParams
-from duetjax.build import LoadedModel
-from duetjax.checkpoint.generation import GenerationDefaults
 from duetjax.config import ConfigError, InvalidRequest, ModelFolderError
 from duetjax.engine import EngineDead
 from duetjax.policy.request import TokenLogprob
-from duetjax.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "What is TTFT?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -31,8 +27,12 @@ def llm():
         yield llm
 
 
-def free_pages(llm):
-    return llm._model.engine.stats().pages_free
+def held_pages(llm):
+    return llm._model.engine.stats().pages_held
+
+
+def wait_until_idle(llm):
+    wait_until(lambda: not held_pages(llm), "no page held")
 
 
 def test_a_text_and_its_token_ids_give_the_same_completion(llm):
@@ -116,22 +116,41 @@ def test_timings_are_one_increasing_time_per_token(llm):
 
 
 def test_a_dropped_stream_gives_its_pages_back(llm):
-    before = free_pages(llm)
+    wait_until_idle(llm)
     params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
     stream = llm.stream("Tell me", params)
     next(stream)
-    assert free_pages(llm) < before
+    assert held_pages(llm) > 0
     stream.close()
-    llm.generate("x", SamplingParams(max_tokens=1), use_tqdm=False)  # a step after the abort
-    assert free_pages(llm) == before
+    wait_until_idle(llm)
 
 
 def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(llm):
-    before = free_pages(llm)
     with pytest.raises(InvalidRequest, match="token ids are integers"):
         llm.generate([[1, 2, 3], [10**6]], SamplingParams(max_tokens=2000), use_tqdm=False)
-    llm.generate("x", SamplingParams(max_tokens=1), use_tqdm=False)
-    assert free_pages(llm) == before
+    wait_until_idle(llm)
+
+
+def test_the_second_time_a_prompt_comes_from_the_cache_but_for_its_end(llm):
+    prompt = list(range(300, 500))
+    [first] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    [second] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 192)  # three pages of 64
+    differences = first_differences(
+        [second.outputs[0].token_ids],
+        [first.outputs[0].token_ids],
+        [[1.0] * len(first.outputs[0].token_ids)],
+    )
+    assert not differences
+
+
+def test_n_completions_do_not_count_what_they_share_as_cached(llm):
+    prompt = list(range(500, 700))
+    params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=4, ignore_eos=True)
+    hits = llm._model.engine.stats().prefix_hits
+    [fresh] = llm.generate(prompt, params, use_tqdm=False)
+    assert fresh.num_cached_tokens == 0
+    assert llm._model.engine.stats().prefix_hits > hits
 
 
 def test_parameters_that_do_not_match_the_prompts_are_refused(llm):
@@ -255,20 +274,11 @@ def test_what_cannot_be_built_is_refused_with_the_cure(arguments, error, cure):
 
 
 @pytest.fixture
-def alphabet(tmp_path, monkeypatch):
+def alphabet(monkeypatch):
     """An LLM over the fake engine, whose logits after the letter "i" are not finite."""
-    write_tokenizer(tmp_path)
     engine = FakeEngine()
     engine.executor.poison(ord("i"))
-    model = LoadedModel(
-        name="alphabet",
-        config=None,
-        tokenizer=Tokenizer.from_folder(tmp_path),
-        generation=GenerationDefaults(),
-        max_model_len=256,
-        engine=engine,
-        _seeds=random.Random(0),
-    )
+    model = alphabet_model(engine, eos=True)
     monkeypatch.setattr(duetjax.llm, "load", lambda *_: model)
     with LLM() as llm:
         yield llm
@@ -313,3 +323,51 @@ def test_a_stop_string_does_not_count_before_min_tokens(alphabet):
     params = replace(GREEDY, stop=["b", "e"], min_tokens=1, max_tokens=9)
     [result] = alphabet.generate("a", params, use_tqdm=False)
     assert result.outputs[0].text == "bcd"
+
+
+def test_ignore_eos_goes_on_to_max_tokens(alphabet):
+    params = replace(GREEDY, max_tokens=5)
+    [ended, other] = alphabet.generate(
+        ["x", "x"], [params, replace(params, ignore_eos=True)], use_tqdm=False
+    )
+    assert (ended.outputs[0].text, ended.outputs[0].finish_reason) == ("yz", "stop")
+    assert (other.outputs[0].text, other.outputs[0].finish_reason) == ("yzab", "length")
+
+
+def test_each_of_n_completions_stops_at_its_own_stop_string(alphabet):
+    params = SamplingParams(n=2, temperature=1.0, seed=0, stop=["f", "v"], max_tokens=40)
+    [result] = alphabet.generate("j", params, use_tqdm=False)
+    assert [o.text for o in result.outputs] == ["klmnopqrstu", "lnprtvxzbdhj"[:5]]
+    assert [o.finish_reason for o in result.outputs] == ["stop", "stop"]
+
+
+def test_results_are_finished_and_have_ids_of_their_own(alphabet):
+    results = alphabet.generate(["j", "k"], replace(GREEDY, max_tokens=2), use_tqdm=False)
+    assert all(r.finished for r in results)
+    assert len({r.request_id for r in results}) == 2
+
+
+def test_priority_is_one_for_all_or_one_each(alphabet):
+    engine, params = alphabet._model.engine, replace(GREEDY, max_tokens=1, n=2)
+    alphabet.generate(["j", "k"], params, use_tqdm=False, priority=[3, -1])
+    alphabet.generate(["j", "k"], params, use_tqdm=False, priority=7)
+    assert [r.priority for r in engine.requests] == [3, 3, -1, -1, 7, 7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("priority", "cure"), [([1], "1 priorities .* 2 prompts"), (10**400, "1000"), (0.5, "priority")]
+)
+def test_a_priority_that_is_none_is_refused(alphabet, priority, cure):
+    with pytest.raises(InvalidRequest, match=cure):
+        alphabet.generate(["j", "k"], GREEDY, use_tqdm=False, priority=priority)
+    alphabet._model.engine.wait_idle()
+
+
+@pytest.mark.parametrize("auto", ["auto", -1, None])
+def test_max_model_len_auto_is_what_fits(monkeypatch, auto):
+    def refuse(_, engine):
+        raise ConfigError(repr(engine))
+
+    monkeypatch.setattr(duetjax.llm, "load", refuse)
+    with pytest.raises(ConfigError, match="max_model_len=None"):
+        LLM(max_model_len=auto)

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from duetjax import build
+from duetjax.checkpoint.source import resolve_model
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
+from duetjax.host import free_host_memory, host_memory
 from duetjax.model.kv_pages import KVLayout
-from duetjax.runtime.memory import DeviceMemory, kv_bytes, plan_memory
+from duetjax.runtime.memory import DeviceMemory, check_free, kv_bytes, plan_memory
 
 MODEL = ModelConfig.from_hf(
     {
@@ -99,3 +102,20 @@ def test_a_model_that_leaves_no_memory_is_refused_with_the_flags_that_help():
 
 def test_the_host_s_pool_is_modest_unless_asked_for():
     assert kv_bytes(EngineConfig(), H200, on_host=True) == 512 * 2**20
+
+
+def test_another_process_that_holds_memory_at_start_is_an_error_that_names_the_flag():
+    engine, pool = EngineConfig(kv_cache_memory_bytes=20 * GB), 20 * GB
+    check_free(engine, H200, pool, free=38 * GB)
+    with pytest.raises(ConfigError, match=r"37\.00 GB of 141.*another process.*--kv-cache-memory"):
+        check_free(engine, H200, pool, free=37 * GB)
+
+
+def test_an_engine_is_not_built_where_others_hold_the_memory(monkeypatch):
+    monkeypatch.setattr(build, "free_host_memory", lambda: 2**20)
+    with pytest.raises(ConfigError, match="another process"):
+        build.build_engine(resolve_model(None), EngineConfig())
+
+
+def test_some_of_this_machine_s_memory_is_free():
+    assert 0 < free_host_memory() <= host_memory()

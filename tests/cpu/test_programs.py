@@ -22,7 +22,7 @@ from duetjax.model.kv_pages import KVLayout
 from duetjax.model.sampling import sample
 from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams
 from duetjax.runtime.compiler import Compiler
-from duetjax.runtime.executor import JaxExecutor
+from duetjax.runtime.executor import JaxDevice
 from duetjax.runtime.programs import Buckets, Programs
 from duetjax.runtime.slot_state import PARAMS, HostTables, SlotShapes, unpack
 from duetjax.runtime.store import ProgramStore
@@ -65,7 +65,7 @@ def executables():
 
 
 def executor(leaves=None):
-    return JaxExecutor(programs(), executables(), leaves or weights())
+    return JaxDevice(programs(), executables(), leaves or weights())
 
 
 @jax.jit
@@ -110,7 +110,7 @@ class Row:
         padded[: len(self.tokens)] = self.tokens
         logits = np.asarray(dense_logits(weights(), padded, len(self.tokens) - 1))
         tables = HostTables(SlotShapes(0, WIDTH, config().vocab_size))
-        tables.apply(Launch(Program.DECODE, 2, (0,), admitted=(replace(self.params(), slot=0),)))
+        tables.apply(Launch(0, Program.DECODE, 2, (0,), admitted=(replace(self.params(), slot=0),)))
         params, _ = unpack(tables.tables().params)
         counts = np.bincount(self.tokens[self.num_prompt :], minlength=config().vocab_size)
         noise = np.random.default_rng(0).uniform(-ROUNDING, ROUNDING, logits.shape)
@@ -202,7 +202,12 @@ class Machine:
         rows = self.dice.sample(rows, self.dice.randint(1, len(rows)))
         bucket = next(b for b in (2, 4) if b >= len(rows))
         launch = Launch(
-            Program.DECODE, bucket, tuple(r.slot for r in rows), k=self.dice.randint(1, 3), **deltas
+            0,
+            Program.DECODE,
+            bucket,
+            tuple(r.slot for r in rows),
+            k=self.dice.randint(1, 3),
+            **deltas,
         )
         before = self.kv()
         ticket = self.executor.submit(launch)
@@ -230,6 +235,7 @@ class Machine:
             samples.append(count == left)
         size = sum(max(count, 1) for count in counts)
         launch = Launch(
+            0,
             Program.PREFILL,
             next(b for b in (16, 48) if b >= size),
             tuple(row.slot for row in rows),
@@ -290,6 +296,7 @@ def admit(slot, prompt, *, limit, first_page, **sampling):
     """A launch that computes a whole prompt in a slot, on WIDTH pages from first_page on."""
     params = SamplingParams(**{"temperature": 0.0, "seed": 1, **sampling})
     return Launch(
+        0,
         Program.PREFILL,
         48,
         (slot,),
@@ -315,7 +322,7 @@ def test_k_steps_of_one_launch_are_bitwise_those_of_k_launches(temperature):
             device.result(device.submit(launch))
         steps = []
         for k in launches:
-            ticket = device.submit(Launch(Program.DECODE, 4, (0, 1, 2), k=k, wants_top=True))
+            ticket = device.submit(Launch(0, Program.DECODE, 4, (0, 1, 2), k=k, wants_top=True))
             steps += [device.result(ticket, i) for i in range(k)]
         seen.append((steps, [np.array(layer).tobytes() for layer in device._state.kv]))
     assert seen[0] == seen[1] == seen[2]
@@ -338,7 +345,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone_and_its_pages_serve_the_ne
     def play(device, second):
         device.result(device.submit(admit(0, healthy, limit=60, first_page=1, **no_seven)))
         result = device.result(device.submit(admit(1, second, limit=60, first_page=5, **no_seven)))
-        ticket = device.submit(Launch(Program.DECODE, 2, (0, 1), k=3))
+        ticket = device.submit(Launch(0, Program.DECODE, 2, (0, 1), k=3))
         return result, [device.result(ticket, i) for i in range(3)]
 
     _, wanted = play(executor(poisoned()), healthy)
@@ -368,7 +375,7 @@ def test_parameters_keep_their_values_on_the_way_to_the_device():
     )  # fmt: skip
     tables = HostTables(SlotShapes(2, WIDTH, 40))
     new = SlotParams(1, sampling, stop_ids=(11, 12), num_prompt=3)
-    tables.apply(Launch(Program.DECODE, 2, (1,), admitted=(new,), limits=((1, 30),)))
+    tables.apply(Launch(0, Program.DECODE, 2, (1,), admitted=(new,), limits=((1, 30),)))
     params, limit = unpack(tables.tables().params)
     row = {name: np.asarray(value)[1].tolist() for name, value in params._asdict().items()}
     assert np.asarray(limit).tolist() == [0, 30, 0]

@@ -15,8 +15,10 @@ from fake_executor import FakeExecutor, SlotState
 
 from duetjax.engine import EngineClient
 from duetjax.policy.launch import StepResult, Ticket
+from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import NewRequest
-from duetjax.policy.scheduler import Scheduler, SchedulerLimits
+from duetjax.policy.scheduler import Scheduler
+from duetjax.runtime.in_order import InOrder
 
 END = 256
 VOCAB_SIZE = 260
@@ -50,7 +52,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 class AlphabetExecutor(FakeExecutor):
-    """Implements `policy.launch.Executor`.
+    """Implements `in_order.Device`.
 
     `hold()` makes results wait, `step(n)` lets n of them through, `release()` all;
     `break_down()` makes the next one raise. num_waiting: results that wait now, 0 or 1.
@@ -132,9 +134,8 @@ class FakeEngine(EngineClient):
             max_num_batched_tokens=num_slots + 64,
             decode_buckets=tuple(rows),
             prefill_buckets=(num_slots + 64,),
-            max_prefill_rows=8,
         )
-        super().__init__(Scheduler(limits), self.executor, vocab_size=VOCAB_SIZE)
+        super().__init__(Scheduler(limits), InOrder(self.executor), vocab_size=VOCAB_SIZE)
 
     def submit(self, new: NewRequest) -> None:
         """Passes on and remembers."""
@@ -148,10 +149,10 @@ class FakeEngine(EngineClient):
         super().abort(request_id)
 
     def wait_idle(self) -> None:
-        """Until no request is left and every page is back."""
+        """Until no request is left and no page is held."""
 
         def is_idle() -> bool:
             stats = self.stats()
-            return (stats.running, stats.waiting, stats.pages_free) == (0, 0, stats.pages_total)
+            return (stats.running, stats.waiting, stats.pages_held) == (0, 0, 0)
 
-        wait_until(is_idle, "idle engine with all pages free")
+        wait_until(is_idle, "idle engine that holds no page")

@@ -63,8 +63,8 @@ def test_a_model_larger_than_memory_is_refused_before_anything_is_drawn():
 
 def test_a_model_just_within_memory_is_not_refused(monkeypatch):
     need = sum(np.prod(shape) for shape in SHAPES.values()) * 2
-    monkeypatch.setattr(dummy, "_host_memory", lambda: need)
+    monkeypatch.setattr(dummy, "host_memory", lambda: need)
     dummy_weights(SHAPES, BF16, seed=0)
-    monkeypatch.setattr(dummy, "_host_memory", lambda: need - 1)
+    monkeypatch.setattr(dummy, "host_memory", lambda: need - 1)
     with pytest.raises(ConfigError):
         dummy_weights(SHAPES, BF16, seed=0)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import weakref
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -15,8 +16,10 @@ from fake_executor import VOCAB_SIZE, DeviceFault, FakeExecutor, expected
 
 from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.engine import EngineClient, EngineDead
-from duetjax.policy.request import FinishReason, NewRequest
-from duetjax.policy.scheduler import Scheduler, SchedulerLimits
+from duetjax.policy.limits import SchedulerLimits
+from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
+from duetjax.policy.scheduler import Scheduler
+from duetjax.runtime.in_order import InOrder
 
 WAIT = 120.0  # seconds until a hang is called one
 
@@ -28,7 +31,6 @@ LIMITS = SchedulerLimits(
     max_num_batched_tokens=24,
     decode_buckets=(2, 4, 8),
     prefill_buckets=(8, 24),
-    max_prefill_rows=4,
 )
 
 
@@ -43,15 +45,18 @@ class Frontend:
 
     def __init__(self):
         self.batches = []
+        self._outputs = defaultdict(list)
         self._news = threading.Condition()
 
     def take(self, batch):
         with self._news:
             self.batches.append(batch)
+            for output in batch:
+                self._outputs[output.id].append(output)
             self._news.notify_all()
 
     def of(self, request_id):
-        return [o for batch in list(self.batches) for o in batch if o.id == request_id]
+        return list(self._outputs[request_id])
 
     def tokens(self, request_id):
         return tuple(token for output in self.of(request_id) for token in output.token_ids)
@@ -80,26 +85,28 @@ class Clock:
         return self.now
 
 
-def new_engine(executor=None, **options):
-    executor = executor or FakeExecutor(LIMITS.page_size)
-    return EngineClient(Scheduler(LIMITS), executor, vocab_size=VOCAB_SIZE, **options), executor
+def new_engine(device=None, **options):
+    device = device or FakeExecutor(LIMITS.page_size)
+    scheduler, executor = Scheduler(LIMITS), InOrder(device)
+    return EngineClient(scheduler, executor, vocab_size=VOCAB_SIZE, **options), device
 
 
 @contextmanager
-def running(executor=None, **options):
-    client, executor = new_engine(executor, **options)
+def running(device=None, **options):
+    client, device = new_engine(device, **options)
     frontend = Frontend()
     client.start(frontend.take)
     try:
-        yield client, executor, frontend
+        yield client, device, frontend
     finally:
-        executor.release()
+        device.release()
         assert client.shutdown(WAIT)
 
 
 def assert_all_returned(client):
     stats = client.stats()
-    assert (stats.running, stats.waiting, stats.pages_free) == (0, 0, stats.pages_total)
+    assert (stats.running, stats.waiting, stats.pages_held) == (0, 0, 0)
+    assert stats.pages_quarantined == 0
 
 
 def eventually(condition):
@@ -134,8 +141,8 @@ def test_all_outputs_of_a_step_come_in_one_batch():
         client.submit(request("b", max_tokens=9))
         executor.release()
         frontend.wait_for_end("a", "b")
-        ids = [tuple(output.id for output in batch) for batch in frontend.batches]
-        assert ids == [("a",)] + 8 * [("a", "b")] + [("b",)]
+        ids = [batch.ids for batch in frontend.batches]
+        assert ids == 2 * [("a",)] + 7 * [("a", "b")] + 2 * [("b",)]  # two launches were in flight
 
 
 def test_two_hundred_requests_from_several_threads_all_get_their_own_tokens():
@@ -157,13 +164,17 @@ def test_stats_are_as_new_as_the_outputs_they_come_with():
     frontend, seen = Frontend(), []
 
     def take(batch):
-        seen.append((client.stats().generation_tokens, client.stats().pages_free))
         frontend.take(batch)
+        stats, told = client.stats(), len(frontend.tokens("a"))
+        seen.append(told)
+        assert stats.generation_tokens >= told
+        assert stats.pages_held == (0 if stats.generation_tokens == 3 else 2)
 
     client.start(take)
     client.submit(request("a", max_tokens=3))
     frontend.wait_for_end("a")
-    assert seen == [(1, 30), (2, 30), (3, 32)]
+    assert seen == [1, 2, 3]
+    assert client.failure is None
     assert client.shutdown(WAIT)
 
 
@@ -172,7 +183,7 @@ def test_an_id_is_free_again_when_its_last_output_arrives():
     frontend = Frontend()
 
     def take(batch):
-        if batch[0].finish and not frontend.ends("a"):
+        if batch.finished and not frontend.ends("a"):
             client.submit(request("a", max_tokens=2))
         frontend.take(batch)
 
@@ -233,8 +244,8 @@ def test_a_request_aborted_before_its_first_step_ends_without_a_token():
         assert frontend.tokens("b") == ()
 
 
-def test_an_abort_from_within_on_outputs_takes_effect_before_the_next_step():
-    client, _ = new_engine()
+def test_an_abort_from_within_on_outputs_takes_effect():
+    client, device = new_engine()
     frontend = Frontend()
 
     def take(batch):
@@ -245,19 +256,32 @@ def test_an_abort_from_within_on_outputs_takes_effect_before_the_next_step():
     client.start(take)
     client.submit(request("a", max_tokens=50))
     assert frontend.wait_for_end("a") == [FinishReason.ABORT]
-    assert len(frontend.tokens("a")) == 2
     assert client.shutdown(WAIT)
+    assert len(device.launches) < 20
     assert_all_returned(client)
 
 
-def test_an_abort_that_a_step_outran_leaves_the_finish_of_the_step():
+def test_an_abort_does_not_wait_for_the_launch_in_flight():
     with running() as (client, executor, frontend):
         executor.hold()
         client.submit(request("a", max_tokens=1))
         assert executor.held.wait(WAIT)
         client.abort("a")
+        assert frontend.wait_for_end("a") == [FinishReason.ABORT]
+        assert client.stats().pages_quarantined == 2
         executor.release()
+        eventually(lambda: client.stats().pages_quarantined == 0)
+        assert frontend.tokens("a") == ()
+
+
+def test_an_abort_that_comes_after_the_last_token_says_nothing():
+    with running() as (client, _, frontend):
+        client.submit(request("a", max_tokens=1))
         assert frontend.wait_for_end("a") == [FinishReason.LENGTH]
+        client.abort("a")
+        client.submit(request("b"))
+        frontend.wait_for_end("b")
+        assert frontend.ends("a") == [FinishReason.LENGTH]
 
 
 def test_aborts_of_unknown_and_finished_requests_say_nothing():
@@ -350,7 +374,7 @@ def test_outputs_that_nobody_could_take_end_the_engine_and_every_request():
 
     def take(batch):
         if len(frontend.batches) == 2:
-            frontend.batches.append(())
+            frontend.batches.append(StepOutputs())
             raise ValueError("a bug of the frontend")
         frontend.take(batch)
 

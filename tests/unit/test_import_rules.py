@@ -29,13 +29,15 @@ CLOCKS = ("time", "datetime", "sched", "asyncio", "threading")
 RULES = {
     "duetjax": Rule(ours=("duetjax.config", "duetjax.llm")),
     "duetjax.config": Rule(),
+    "duetjax.host": Rule(),
     "duetjax.presets": Rule(),
-    "duetjax.policy": Rule(ours=("duetjax.config",), never=CLOCKS),
+    "duetjax.policy": Rule(ours=("duetjax.config",), theirs=("numpy",), never=CLOCKS),
+    "duetjax.sim": Rule(ours=("duetjax.config", "duetjax.policy"), theirs=("numpy",)),
     "duetjax.text": Rule(ours=("duetjax.config",), theirs=("tokenizers", "minijinja")),
     "pallas_kernels": Rule(theirs=("jax",)),
     "duetjax.model": Rule(ours=("duetjax.config",), theirs=("jax", "flax", "numpy")),
     "duetjax.checkpoint": Rule(
-        ours=("duetjax.config", "duetjax.model"),
+        ours=("duetjax.config", "duetjax.host", "duetjax.model"),
         theirs=(
             "jax",
             "flax",
@@ -57,6 +59,7 @@ RULES = {
             "duetjax.checkpoint",
             "duetjax.config",
             "duetjax.engine",
+            "duetjax.host",
             "duetjax.model",
             "duetjax.policy",
             "duetjax.runtime",

@@ -70,7 +70,8 @@ def test_gauges_show_what_is_held_and_come_back(served, http):
         assert samples["vllm:num_requests_running",] == 1
         assert samples["vllm:num_requests_waiting",] == 0
         assert samples["duetjax_pages", "held"] == 3
-        assert samples["duetjax_pages", "free"] == 512 - 3
+        assert samples["duetjax_pages", "quarantined"] == 0
+        assert samples["duetjax_pages", "free"] + samples["duetjax_pages", "cached"] == 512 - 3
         assert samples["vllm:kv_cache_usage_perc",] == 3 / 512
         executor.release()
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
@@ -78,7 +79,7 @@ def test_gauges_show_what_is_held_and_come_back(served, http):
     samples = scrape(http)
     assert samples["vllm:num_requests_running",] == 0
     assert samples["vllm:kv_cache_usage_perc",] == 0
-    assert samples["duetjax_pages", "free"] == 512
+    assert samples["duetjax_pages", "free"] + samples["duetjax_pages", "cached"] == 512
 
 
 def test_a_client_that_left_is_counted_as_aborted(served, http):

@@ -1,0 +1,85 @@
+"""What sets policies apart: from a few numbers, how the next launch shares the device."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from duetjax.policy.launch import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What could run now: decoding rows, and tokens of admitted prompts not computed yet."""
+
+    rows: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """One launch on the whole device: the decoding rows if `decodes`, then prompt chunks.
+
+    budget: tokens of the launch, a decoding row being one. k: steps, where it only decodes.
+    """
+
+    budget: int
+    decodes: bool = True
+    k: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Duet:
+    """Prefill on one part of the device and k decode steps per launch on the other.
+
+    budget: tokens of a prefill launch.
+    """
+
+    split: Split
+    k: int
+    budget: int
+
+
+type Decision = Aggregate | Duet
+
+
+class Policy(Protocol):
+    """Decides whenever a launch can be planned; a pure function of what it is given."""
+
+    def decide(self, load: Load) -> Decision:
+        """How to run `load`; one of its numbers is positive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """Mixed batches under a fixed token budget: chunked prefill, the usual way."""
+
+    budget: int
+
+    def decide(self, load: Load) -> Decision:
+        """Everything that decodes, and prompts in what is left of the budget."""
+        return Aggregate(self.budget)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFirst:
+    """Prompts as soon as there are any, at the price of whatever decodes."""
+
+    budget: int
+
+    def decide(self, load: Load) -> Decision:
+        """Decodes when no prompt can be computed."""
+        return Aggregate(self.budget, decodes=load.prompt_tokens == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticSplit:
+    """The same split whenever there is something for both of its sides."""
+
+    budget: int
+    split: Split
+    k: int
+
+    def decide(self, load: Load) -> Decision:
+        """The whole device for whoever is alone."""
+        if load.rows and load.prompt_tokens:
+            return Duet(self.split, self.k, self.budget)
+        return Aggregate(self.budget)

@@ -1,0 +1,382 @@
+"""Which request is where, and what it holds: a place in line, a slot, KV pages.
+
+A request goes waiting -> prefilling -> (handing over ->) decoding -> gone, and back to waiting when
+others need its pages. Whoever leaves while launches in flight name its slot gives slot and pages
+back when the last of them has completed.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Container, Iterable
+from heapq import heappop, heappush
+from typing import Any
+
+import numpy as np
+
+from duetjax.policy.columns import Batch, Columns
+from duetjax.policy.launch import SlotParams, Ticket
+from duetjax.policy.limits import SchedulerLimits
+from duetjax.policy.pages import PagePool
+from duetjax.policy.queue import WaitingQueue
+from duetjax.policy.request import Phase, Request
+
+
+class Deltas:
+    """What slots' next launches must tell the device."""
+
+    def __init__(self) -> None:
+        self.admitted: dict[int, Request] = {}
+        self.pages: dict[int, list[tuple[int, int, int]]] = {}
+        self.limits: dict[int, int] = {}
+        self.handovers: dict[int, Ticket] = {}
+
+    def forget(self, slot: int) -> None:
+        """The slot's owner leaves."""
+        for column in (self.admitted, self.pages, self.limits, self.handovers):
+            column.pop(slot, None)
+
+    def take(self, slots: Iterable[int]) -> dict[str, Any]:
+        """The `Launch` fields that tell the device about `slots`; told once."""
+        if not (self.admitted or self.pages or self.limits or self.handovers):
+            return {}
+        named = set(slots)  # asked for membership only
+        admitted = [slot for slot in self.admitted if slot in named]
+        pages = [slot for slot in self.pages if slot in named]
+        limits = [slot for slot in self.limits if slot in named]
+        handovers = [slot for slot in self.handovers if slot in named]
+        return {
+            "admitted": tuple(_slot_params(self.admitted.pop(slot)) for slot in admitted),
+            "pages": tuple(entry for slot in pages for entry in self.pages.pop(slot)),
+            "limits": tuple((slot, self.limits.pop(slot)) for slot in limits),
+            "handovers": tuple((slot, self.handovers.pop(slot)) for slot in handovers),
+        }
+
+
+class Roster:
+    """Admits, grows, preempts and dismisses requests.
+
+    in_flight: tickets of launches that have not completed. Lists are in order of rank; victims of
+    preemption are taken from the end.
+    """
+
+    def __init__(self, limits: SchedulerLimits, in_flight: Container[Ticket]) -> None:
+        self.limits = limits
+        self.columns = Columns(limits.num_slots)
+        self.pool = PagePool(limits.num_pages, prefix_caching=limits.prefix_caching)
+        self.queue = WaitingQueue()
+        self.deltas = Deltas()
+        self.live: dict[str, Request] = {}
+        self.prefilling: list[Request] = []
+        self.handing_over: list[Request] = []
+        self.decoding: list[Request] = []
+        self.preemptions = self.preempted_tokens = 0
+        self.prefix_queries = self.prefix_hits = 0
+        self._in_flight = in_flight
+        self._free_slots = list(range(limits.num_slots))  # a heap: the lowest goes out next
+        self._leaving: dict[Ticket, list[Request]] = {}
+        self._batch: Batch | None = None
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being computed."""
+        return len(self.prefilling) + len(self.handing_over) + len(self.decoding)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of admitted prompts that no launch has taken yet."""
+        return sum(self.num_unplanned(request) for request in self.prefilling)
+
+    def num_unplanned(self, request: Request) -> int:
+        """Known tokens of a prefilling request that no launch has taken yet."""
+        return len(request.tokens) - int(self.columns.planned[slot_of(request)])
+
+    def add(self, request: Request) -> None:
+        """A new request joins the line."""
+        self.live[request.new.id] = request
+        self.queue.add(request)
+
+    # Admission.
+
+    def admit(self, goal: int) -> None:
+        """Admits in order of rank until `goal` prompt tokens are there to be computed.
+
+        A request gets pages for its known tokens and the one sampled after them (unless that one
+        is never fed): a prefill, once begun, cannot run out of pages. Its first pages may be found
+        in the prefix cache, but its last token is always computed, in a page of its own.
+        """
+        missing = goal - self.prompt_tokens
+        while missing > 0 and self._free_slots:
+            request = self.queue.first()
+            if request is None or request.slot is not None:  # its last launches are still running
+                return
+            before = len(self.prefilling)
+            if not self._admit(request):
+                return
+            if len(self.prefilling) > before:
+                missing -= self.num_unplanned(request)
+
+    def _admit(self, request: Request) -> bool:
+        """Admits the first in line, or sets it aside for a twin; False if there are no pages."""
+        limits, pool, size = self.limits, self.pool, self.limits.page_size
+        if limits.deterministic and request.num_output:
+            request.restart()
+        keys = request.keys(size)[: (len(request.tokens) - 1) // size]
+        chain = pool.cache.match(request.new.cache_salt, keys)
+        if len(chain) < len(keys):
+            twin = (chain[-1] if chain else request.new.cache_salt, keys[len(chain)])
+            if self.queue.put_off_first(twin):
+                return True
+        if limits.deterministic:
+            del chain[len(chain) - len(chain) % limits.pages_per_chunk :]
+        num_tokens = min(len(request.tokens) + 1, limits.num_fed(request.new))
+        wanted = limits.num_pages_for(num_tokens)
+        idle = sum(node.num_users == 0 for node in chain)
+        if wanted - len(chain) > pool.num_available - idle:
+            return False
+        pool.cache.use(chain)
+        taken = pool.take(wanted - len(chain))
+        assert taken is not None, f"{wanted} pages counted, then gone"
+        request.chain, request.pages = chain, [*(node.page for node in chain), *taken]
+        self._open(self.queue.pop())
+        return True
+
+    def _open(self, request: Request) -> None:
+        """Gives an admitted request, which has its pages, a slot."""
+        slot = request.slot = heappop(self._free_slots)
+        cached, room = (len(p) * self.limits.page_size for p in (request.chain, request.pages))
+        self.columns.open(slot, cached, self.limits.num_fed(request.new), room)
+        self.deltas.admitted[slot] = request
+        self.deltas.pages[slot] = [(slot, i, page) for i, page in enumerate(request.pages)]
+        self.deltas.limits[slot] = self.columns.limit(slot)
+        if request.num_output + request.num_muted == 0:
+            request.num_cached = cached
+        self.prefix_queries += len(request.tokens)
+        self.prefix_hits += cached
+        request.phase = Phase.PREFILLING
+        _line_up(self.prefilling, request)
+        self._announce(request)
+
+    # Decoding rows and their room.
+
+    def batch(self) -> Batch:
+        """All decoding rows."""
+        if self._batch is None:
+            self._batch = Batch.of(self.decoding)
+        return self._batch
+
+    def num_ready(self) -> int:
+        """Decoding rows that could take a step."""
+        return int(np.count_nonzero(self.columns.steps(self.batch().slots, 1)))
+
+    def ready(self, k: int) -> tuple[Batch, int]:
+        """The rows that can take a step, and the most steps, up to k, that one of them can.
+
+        Their `planned` moves on: they are as good as launched.
+        """
+        batch = self.batch()
+        steps = self.columns.steps(batch.slots, k)
+        if not steps.all():
+            kept = np.flatnonzero(steps)
+            batch = Batch.of([batch.requests[row] for row in kept.tolist()])
+            steps = steps[kept]
+        self.columns.planned[batch.slots] += steps
+        return batch, int(steps.max(initial=0))
+
+    def reserve(self, k: int, *, may_preempt: bool) -> None:
+        """Gives each decoding row room for k more steps, or as much as there is.
+
+        A row without room for one step waits for pages in quarantine; if there are none and
+        `may_preempt`, the last in rank gives up its own.
+        """
+        batch = self.batch()
+        for row in self.columns.short(batch.slots, k).tolist():
+            request = batch.requests[row]
+            if request.phase is Phase.DECODING:  # not preempted for the sake of one before it
+                self._grow(request, k, may_preempt)
+
+    def _grow(self, request: Request, k: int, may_preempt: bool) -> None:
+        slot, columns = slot_of(request), self.columns
+        wanted = min(columns.planned[slot] + k, columns.end[slot])
+        missing = self.limits.num_pages_for(int(wanted)) - len(request.pages)
+        while missing > 0:
+            taken = self.pool.take(min(missing, self.pool.num_available)) or []
+            if taken:
+                self._extend(request, taken)
+                return
+            has_room = columns.planned[slot] < columns.room[slot]
+            if has_room or not may_preempt or self.pool.num_quarantined:
+                return
+            victim = self._last()
+            self._preempt(victim)
+            if victim is request:
+                return
+
+    def _extend(self, request: Request, taken: list[int]) -> None:
+        slot, first = slot_of(request), len(request.pages)
+        request.pages += taken
+        self.columns.room[slot] = len(request.pages) * self.limits.page_size
+        entries = self.deltas.pages.setdefault(slot, [])
+        entries += [(slot, first + i, page) for i, page in enumerate(taken)]
+        self.deltas.limits[slot] = self.columns.limit(slot)
+
+    def _last(self) -> Request:
+        lists = (self.prefilling, self.handing_over, self.decoding)
+        return max((some[-1] for some in lists if some), key=lambda request: request.rank)
+
+    def _preempt(self, request: Request) -> None:
+        """Sends a request back to its place in line; its tokens stay, its KV goes.
+
+        What launches in flight still sample for it is taken. Deterministic, its output goes too
+        (`Request.restart`).
+        """
+        self.preemptions += 1
+        self.preempted_tokens += int(self.columns.computed[slot_of(request)])
+        self._strike(request)
+        request.phase = Phase.WAITING
+        self.queue.add(request)
+        self._leave(request)
+
+    # From prefill to decode.
+
+    def prompt_planned(self, request: Request, *, decodes_next: bool) -> None:
+        """The last chunk of a prompt is in a launch; after it the slot's token is its own."""
+        self._strike(request)
+        if decodes_next:
+            self._decodes(request)
+        else:
+            request.phase = Phase.HANDING_OVER
+            _line_up(self.handing_over, request)
+
+    def hand_over(self, request: Request, ticket: Ticket) -> None:
+        """Its prompt has been computed on the prefill lane, by launch `ticket`, now complete."""
+        self._strike(request)
+        self.deltas.handovers[slot_of(request)] = ticket
+        self._decodes(request)
+
+    def _decodes(self, request: Request) -> None:
+        request.phase = Phase.DECODING
+        _line_up(self.decoding, request)
+        self._batch = None
+
+    # Prefix cache.
+
+    def publish(self, request: Request) -> None:
+        """Lets others find the pages that committed launches have filled."""
+        if not request.pages:
+            return  # preempted since
+        size = self.limits.page_size
+        full = int(self.columns.computed[slot_of(request)]) // size
+        if self.limits.deterministic:  # decoding writes other last bits than prefilling
+            full = min(full, len(request.new.prompt) // size)
+        if full <= len(request.chain) or not self.limits.prefix_caching:
+            return
+        self._unannounce(request)
+        for index in range(len(request.chain), full):
+            key, page = request.keys(size)[index], request.pages[index]
+            self.pool.publish(request.chain, request.new.cache_salt, key, page)
+        self._announce(request)
+
+    def _announce(self, request: Request) -> None:
+        """Tells the queue which page of its prompt a request computes next."""
+        keys, known = request.keys(self.limits.page_size), len(request.chain)
+        num_full = len(request.new.prompt) // self.limits.page_size
+        if self.limits.prefix_caching and known < num_full:
+            before = request.chain[-1] if known else request.new.cache_salt
+            if self.queue.computing((before, keys[known])):
+                request.twin = (before, keys[known])
+
+    def _unannounce(self, request: Request) -> None:
+        if request.twin is not None:
+            self.queue.computed(request.twin)
+            request.twin = None
+
+    # Leaving.
+
+    def end(self, request: Request) -> None:
+        """Forgets a request in any phase."""
+        del self.live[request.new.id]
+        if request.slot is not None:
+            self.columns.takes[request.slot] = False
+        if request.phase is Phase.WAITING:
+            self.queue.forget()
+        else:
+            self._strike(request)
+            self._leave(request)
+        request.phase = Phase.ENDED
+
+    def complete(self, ticket: Ticket) -> None:
+        """A launch has ended: what waited for it is free."""
+        self.pool.complete(ticket)
+        for request in self._leaving.pop(ticket, ()):
+            self._free_slot(request)
+
+    def _strike(self, request: Request) -> None:
+        """Takes a running request off its list."""
+        some = {
+            Phase.PREFILLING: self.prefilling,
+            Phase.HANDING_OVER: self.handing_over,
+            Phase.DECODING: self.decoding,
+        }[request.phase]
+        at = bisect_left(some, request.rank, key=lambda other: other.rank)
+        assert some[at] is request, f"{request.new.id!r} is not where its phase says"
+        del some[at]
+        if some is self.decoding:
+            self._batch = None
+
+    def _leave(self, request: Request) -> None:
+        """Gives pages and slot back, as soon as no launch in flight can write them."""
+        slot = slot_of(request)
+        ticket: Ticket | None = int(self.columns.ticket[slot])
+        if ticket not in self._in_flight:
+            ticket = None
+        self._unannounce(request)
+        self.deltas.forget(slot)
+        self.pool.give_back(request.pages, request.chain, ticket)
+        request.pages = []
+        if ticket is None:
+            self._free_slot(request)
+        else:
+            self._leaving.setdefault(ticket, []).append(request)
+
+    def _free_slot(self, request: Request) -> None:
+        slot = slot_of(request)
+        self.columns.takes[slot] = False
+        request.slot = None
+        heappush(self._free_slots, slot)
+
+    def check_integrity(self) -> None:
+        """Asserts that pages and slots have one owner each and lists their order; for tests."""
+        running = [*self.prefilling, *self.handing_over, *self.decoding]
+        for some in (self.prefilling, self.handing_over, self.decoding):
+            ranks = [request.rank for request in some]
+            assert ranks == sorted(ranks), f"out of order: {ranks}"
+        waiting = self.queue.waiting()
+        assert len(waiting) == len(self.queue), f"{len(self.queue)} counted, waiting: {waiting}"
+        everyone = {request.new.id: request for request in (*running, *waiting)}
+        assert everyone == self.live, f"lost: {self.live.keys() ^ everyone.keys()}"
+        leaving = [request for some in self._leaving.values() for request in some]
+        assert [r for r in waiting if r.pages or (r.slot is not None and r not in leaving)] == []
+        slots = [slot_of(request) for request in (*running, *leaving)]
+        everything = sorted((*self._free_slots, *slots))
+        assert everything == list(range(self.limits.num_slots)), f"slots: {everything}"
+        self.pool.check_integrity((request.pages, request.chain) for request in running)
+
+
+def slot_of(request: Request) -> int:
+    """The slot of a request that has one."""
+    assert request.slot is not None, f"{request.new.id!r} has no slot"
+    return request.slot
+
+
+def _line_up(some: list[Request], request: Request) -> None:
+    insort(some, request, key=lambda other: other.rank)
+
+
+def _slot_params(request: Request) -> SlotParams:
+    sampling, known = request.new.sampling, tuple(request.tokens)
+    return SlotParams(
+        slot=slot_of(request),
+        sampling=sampling,
+        stop_ids=request.new.stop_ids,
+        num_prompt=len(request.new.prompt),
+        history=known if sampling.has_penalties else (),
+    )

@@ -1,0 +1,1 @@
+"""A device made of numbers: how long launches take is given, what they sample is invented."""
