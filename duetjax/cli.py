@@ -107,7 +107,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chat-template", type=Path, help="file with a template of your own")
     group.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
     group.add_argument("--dtype", default=default.dtype, help="auto, float32, bfloat16, float16")
-    group.add_argument("--max-model-len", type=int, help="longest context in tokens")
+    group.add_argument(
+        "--max-model-len", type=_max_model_len, help="longest context in tokens; auto: what fits"
+    )
     group.add_argument("--max-num-seqs", type=int, default=default.max_num_seqs)
     group.add_argument("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
     group.add_argument("--page-size", type=int, default=default.page_size)
@@ -134,6 +136,10 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--look-ahead", type=int, default=default.look_ahead, help="static-split: decode steps"
     )
+
+
+def _max_model_len(text: str) -> int | None:
+    return None if text in ("auto", "-1") else int(text)
 
 
 def _split(text: str) -> tuple[int, int]:
@@ -176,8 +182,6 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
     """Answers --input into --output; chosen: the parameters that flags gave."""
-    from tqdm import tqdm
-
     from duetjax import batch
     from duetjax.build import ModelRequest, load
     from duetjax.run_batch import run_batch
@@ -200,8 +204,7 @@ def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
             service = replace(service, defaults=until_full)
         requests = batch.read_requests(args.input, plain)
         try:
-            with tqdm(total=total, desc="generating", unit="request", disable=None) as bar:
-                num_failed = run_batch(service, requests, output, bar, 2 * args.max_num_seqs)
+            num_failed = run_batch(service, requests, output, total, 2 * args.max_num_seqs)
         finally:
             model.engine.shutdown(timeout=30)
         output.finish()

@@ -26,14 +26,16 @@ def run_batch(
     service: Service,
     requests: Iterable[BatchRequest | BadLine],
     output: ResultFile,
-    bar: "tqdm[Any]",
+    total: int,
     max_in_flight: int,
 ) -> int:
     """Answers all requests, at most max_in_flight at a time; the number of those that failed.
 
+    total: how many there are, for the progress bar.
     Starts the engine, which is the caller's to shut down. Raises `EngineDead` if it dies.
     """
-    return asyncio.run(_run(service, iter(requests), output, bar, max_in_flight))
+    with tqdm(total=total, desc="generating", unit="request", disable=None) as bar:
+        return asyncio.run(_run(service, iter(requests), output, bar, max_in_flight))
 
 
 async def _run(
@@ -63,13 +65,14 @@ async def _answer(
 ) -> dict[str, Any]:
     if isinstance(request, BadLine):
         return _result(request, None, _error(request.line, _http_error(request.error)["error"]))
-    request.body.setdefault("model", service.model_names[0])
+    if request.body.get("model") is None:
+        request.body["model"] = service.model_names[0]
     try:
-        _check_body(request)
+        body = _checked_body(request)
     except InvalidRequest as error:
         reply = _Reply(400, uuid.uuid4().hex, orjson.dumps(_http_error(error)))
     else:
-        reply = await _post(app, request.url, orjson.dumps(request.body))
+        reply = await _post(app, request.url, body)
     if reply.status == 200:
         return _result(request, reply, None)
     if not service.client.is_healthy:
@@ -77,13 +80,17 @@ async def _answer(
     return _result(request, reply, _error(request.line, orjson.loads(reply.body)["error"]))
 
 
-def _check_body(request: BatchRequest) -> None:
-    """What the endpoint would take and a batch does not."""
+def _checked_body(request: BatchRequest) -> bytes:
+    """The body as JSON; refuses also what the endpoint would take and a batch does not."""
     body = _BODIES[request.url].parse(request.body)
     if unknown := list(body.unknown_fields()):
         raise InvalidRequest(f"body has unknown fields: {short(unknown)}", param=unknown[0])
     if body.stream:
         raise InvalidRequest("stream: a batch does not stream; leave it out", param="stream")
+    try:
+        return orjson.dumps(request.body)
+    except orjson.JSONEncodeError as error:  # it reads deeper nesting than it writes
+        raise InvalidRequest(f"body cannot be passed on: {error}", param="body") from None
 
 
 def _http_error(error: InvalidRequest) -> dict[str, Any]:

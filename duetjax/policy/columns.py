@@ -3,13 +3,15 @@
 With 256 running requests a loop over objects takes longer than a short decode step's planning may.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from duetjax.policy.request import Request
+from duetjax.policy.request import Rank, Request, Tokens
 
 NO_TICKET = -1
 
@@ -19,12 +21,15 @@ type Slots = NDArray[np.int64]
 class Columns:
     """One row per slot; positions count tokens fed, so KV written.
 
-    computed: by launches that have been committed. planned: with those in flight; a row that
-    stops early never gets there. end: most it will ever feed. room: what its pages hold. ticket:
-    last launch that names the slot. takes: whether its owner still takes results.
+    tokens [slots, max_model_len]: prompt and output so far, `length` of them. computed: fed by
+    launches that have been committed. planned: with those in flight; a row that stops early never
+    gets there. end: most it will ever feed. room: what its pages hold. ticket: last launch that
+    names the slot. takes: whether its owner still takes results.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, max_model_len: int) -> None:
+        self.tokens = np.zeros((num_slots, max_model_len), np.int32)  # untouched pages cost nothing
+        self.length = np.zeros(num_slots, np.int64)
         self.computed = np.zeros(num_slots, np.int64)
         self.planned = np.zeros(num_slots, np.int64)
         self.end = np.zeros(num_slots, np.int64)
@@ -32,12 +37,23 @@ class Columns:
         self.ticket = np.full(num_slots, NO_TICKET, np.int64)
         self.takes = np.zeros(num_slots, np.bool_)
 
-    def open(self, slot: int, computed: int, end: int, room: int) -> None:
-        """A slot's new owner."""
+    def open(self, slot: int, known: Tokens, *, computed: int, end: int, room: int) -> None:
+        """A slot's new owner; known: its tokens."""
+        self.tokens[slot, : len(known)] = known
+        self.length[slot] = len(known)
         self.computed[slot] = self.planned[slot] = computed
         self.end[slot], self.room[slot] = end, room
         self.ticket[slot] = NO_TICKET
         self.takes[slot] = True
+
+    def known(self, slot: int) -> Tokens:
+        """A view of a slot's tokens."""
+        return self.tokens[slot, : self.length[slot]]
+
+    def append(self, slots: Slots, tokens: Tokens) -> None:
+        """One more token for each slot."""
+        self.tokens[slots, self.length[slots]] = tokens
+        self.length[slots] += 1
 
     def limit(self, slot: int) -> int:
         """First position that the slot may not feed."""
@@ -46,47 +62,101 @@ class Columns:
     def steps(self, slots: Slots, k: int) -> Slots:
         """How many of `k` steps each slot has the room and the right to take, from `planned` on."""
         limit = np.minimum(self.end[slots], self.room[slots])
-        return np.clip(limit - self.planned[slots], 0, k)
+        return np.minimum(np.maximum(limit - self.planned[slots], 0), k)
 
-    def short(self, slots: Slots, k: int) -> Slots:
-        """Which of `slots` (indices into it) want more room for `k` steps."""
+    def missing_room(self, slots: Slots, k: int) -> Slots:
+        """For how many more tokens each of `slots` wants room, to take `k` steps."""
         want = np.minimum(self.planned[slots] + k, self.end[slots])
-        return np.flatnonzero(want > self.room[slots])
+        return np.maximum(want - self.room[slots], 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Decoding rows in order of rank, with what planning and committing them needs ready to hand.
+    """Decoding rows in order of rank.
 
-    scored: rows whose logprobs are asked for. wants_top: whether any asks for alternatives.
+    ids: of the requests. logprobs: how many alternatives each wants; None for no logprobs.
     """
 
-    requests: tuple[Request, ...]
-    slots: Slots
-    slot_tuple: tuple[int, ...]
-    ids: tuple[str, ...]
-    appends: tuple[Callable[[int], None], ...]
-    scored: tuple[int, ...]
-    wants_top: bool
+    requests: tuple[Request, ...] = ()
+    slots: Slots = field(default_factory=lambda: np.zeros(0, np.int64))
+    ids: tuple[str, ...] = ()
+    logprobs: tuple[int | None, ...] = ()
 
-    @classmethod
-    def of(cls, requests: Sequence[Request]) -> "Batch":
-        """The batch of requests that have slots."""
-        slots = [request.slot for request in requests]
-        assert None not in slots, f"no slot: {requests}"
-        wanted = [request.new.sampling.logprobs for request in requests]
-        return cls(
-            requests=tuple(requests),
-            slots=np.array(slots, np.int64),
-            slot_tuple=tuple(slots),  # type: ignore[arg-type]
-            ids=tuple([request.new.id for request in requests]),
-            appends=tuple([request.tokens.append for request in requests]),
-            scored=tuple([row for row, number in enumerate(wanted) if number is not None]),
-            wants_top=any(request.wants_top for request in requests),
+    @property
+    def is_scored(self) -> bool:
+        """Whether any row's logprobs are asked for."""
+        return self.logprobs.count(None) < len(self.logprobs)
+
+    @property
+    def wants_top(self) -> bool:
+        """Whether any row asks for alternatives."""
+        return self.is_scored and any(self.logprobs)
+
+    def kept(self, rows: NDArray[np.bool_]) -> "Batch":
+        """Some of its rows."""
+        some = rows.tolist()
+        return Batch(
+            tuple(compress(self.requests, some)),
+            self.slots[rows],
+            tuple(compress(self.ids, some)),
+            tuple(compress(self.logprobs, some)),
         )
 
     def __len__(self) -> int:
         return len(self.requests)
+
+
+class Line:
+    """Requests with slots, in order of rank; the batch of them is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._ranks: list[Rank] = []
+        self._requests: list[Request] = []
+        self._slots: list[int] = []
+        self._ids: list[str] = []
+        self._logprobs: list[int | None] = []
+        self._batch: Batch | None = Batch()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    @property
+    def last(self) -> Request | None:
+        """Last in rank."""
+        return self._requests[-1] if self._requests else None
+
+    def add(self, request: Request) -> None:
+        """Puts a request in its place."""
+        assert request.slot is not None, f"{request.new.id!r} has no slot"
+        at = bisect_left(self._ranks, request.rank)
+        self._ranks.insert(at, request.rank)
+        self._requests.insert(at, request)
+        self._slots.insert(at, request.slot)
+        self._ids.insert(at, request.new.id)
+        self._logprobs.insert(at, request.new.sampling.logprobs)
+        self._batch = None
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out."""
+        at = bisect_left(self._ranks, request.rank)
+        assert self._requests[at] is request, f"{request.new.id!r} is not in line"
+        for column in (self._ranks, self._requests, self._slots, self._ids, self._logprobs):
+            del column[at]
+        self._batch = None
+
+    def batch(self) -> Batch:
+        """All of them."""
+        if self._batch is None:
+            self._batch = Batch(
+                tuple(self._requests),
+                np.array(self._slots, np.int64),
+                tuple(self._ids),
+                tuple(self._logprobs),
+            )
+        return self._batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,8 +167,3 @@ class Chunk:
     start: int
     count: int
     ends: bool
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens themselves."""
-        return self.request.tokens[self.start : self.start + self.count]

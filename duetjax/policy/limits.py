@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from duetjax.config import InvalidRequest
+from duetjax.config import MAX_PRIORITY, InvalidRequest
 from duetjax.policy.request import NewRequest
 
 LAUNCHES_PER_LANE = 2  # one runs, the next is already there when it ends
@@ -68,6 +68,11 @@ class SchedulerLimits:
         if new.max_tokens < 1:
             raise InvalidRequest(
                 f"max_tokens must be at least 1, not {new.max_tokens}", param="max_tokens"
+            )
+        if not -MAX_PRIORITY <= new.priority <= MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority {new.priority} is not from -{MAX_PRIORITY} to {MAX_PRIORITY}",
+                param="priority",
             )
         if len(new.prompt) >= self.max_model_len:
             raise InvalidRequest(

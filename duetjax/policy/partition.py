@@ -149,27 +149,28 @@ def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Ch
     gaps meet the objective on average (unless max_k is less). If not even the whole device does,
     nothing protects decode: it gets the largest share, and prompts the rest, so that they go on.
     """
-    runnable = _runnable(candidates, bounds)
-    feasible = runnable & (candidates.decode_ms <= bounds.tbt_slo_ms)[:, None]
-    grid = _grid(candidates, bounds, feasible)
-    if grid.rate.max(initial=-math.inf) >= 0:
+    longest_ms = min(bounds.tbt_slo_ms, _LARGEST)
+    feasible = _runnable(candidates, bounds, longest_ms)
+    if feasible.any():
+        grid = _grid(candidates, bounds, feasible)
         return _on_split(Outcome.SPLIT, candidates, bounds, grid, previous)
+    runnable = _runnable(candidates, bounds, _LARGEST)
     if not runnable.any():
         nothing = Outcome.UNPREDICTED, None, 0, 0, 0.0, 0.0, 0.0, 0.0
         return Choice(*nothing, bounds.tbt_slo_ms, candidates.whole_decode_ms)
-    if 0 < candidates.whole_decode_ms <= min(bounds.tbt_slo_ms, _LARGEST):
+    if 0 < candidates.whole_decode_ms <= longest_ms:
         return _alone(candidates, bounds, runnable)
     grid = _grid(candidates, bounds, _largest_share(candidates.splits, runnable))
     return _on_split(Outcome.LARGEST_DECODE_SHARE, candidates, bounds, grid, None)
 
 
-def _runnable(candidates: Candidates, bounds: Bounds) -> _Mask:
-    """Cells [S, J] with usable times and a prefill launch that is short enough, or the smallest."""
+def _runnable(candidates: Candidates, bounds: Bounds, longest_ms: float) -> _Mask:
+    """Cells [S, J] with usable times, decode steps up to `longest_ms`, and prefill as allowed."""
     decode_ms, prefill_ms = candidates.decode_ms, candidates.prefill_ms
     fits = prefill_ms <= min(bounds.max_prefill_ms, _LARGEST)
     fits[:, :1] = prefill_ms[:, :1] <= _LARGEST
     fits &= prefill_ms > 0
-    fits &= ((decode_ms > 0) & (decode_ms <= _LARGEST))[:, None]
+    fits &= ((decode_ms > 0) & (decode_ms <= longest_ms))[:, None]
     return fits
 
 
@@ -185,13 +186,12 @@ def _grid(candidates: Candidates, bounds: Bounds, allowed: _Mask) -> _Grid:
     with np.errstate(all="ignore"):  # cells that are not allowed may hold anything
         np.floor(candidates.prefill_ms / decode_ms, out=steps[0])
         np.add(steps[0], 1.0, out=steps[1])
-        np.minimum(steps, bounds.max_k, out=steps)
+        np.minimum(steps, float(bounds.max_k), out=steps)
         np.maximum(steps, 1.0, out=steps)
-        rate = steps * candidates.rows
+        rate = steps * float(candidates.rows)
         rate += tokens
         rate /= np.maximum(steps * decode_ms, candidates.prefill_ms)
-    np.copyto(rate, -math.inf, where=~allowed)
-    return _Grid(steps, rate)
+    return _Grid(steps, np.where(allowed, rate, -math.inf))
 
 
 def _on_split(
@@ -204,7 +204,7 @@ def _on_split(
     """The best cell of a grid that has one, or of the previous split if that is good enough."""
     rate, splits = grid.rate, candidates.splits
     best = enough = float(rate.max())
-    if previous in splits:
+    if previous is not None and previous in splits:
         kept = splits.index(previous)
         kept_rate = float(rate[:, kept].max())
         if best * _TIED <= kept_rate * (1 + bounds.hysteresis):
@@ -249,7 +249,7 @@ def _largest_share(splits: tuple[Split, ...], runnable: _Mask) -> _Mask:
 
 def _alone(candidates: Candidates, bounds: Bounds, runnable: _Mask) -> Choice:
     """Decode on the whole device in turn with the smallest prefill that can run."""
-    step_ms, slo = candidates.whole_decode_ms, bounds.tbt_slo_ms
+    step_ms, slo = float(candidates.whole_decode_ms), float(bounds.tbt_slo_ms)
     fastest = np.where(runnable, candidates.prefill_ms, math.inf).min(axis=0)
     j = int((fastest < math.inf).argmax())
     prefill_ms, tokens = float(fastest[j]), candidates.prefill_tokens[j]

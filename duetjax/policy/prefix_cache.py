@@ -58,28 +58,42 @@ class PrefixCache:
     def use(self, nodes: Iterable[Node]) -> None:
         """Adds a user to each."""
         for node in nodes:
-            if node.num_users == 0 and self._idle.pop(node.page, None) is not None:
+            if node.num_users == 0:
+                del self._idle[node.page]
                 self._num_used += 1
             node.num_users += 1
 
-    def publish(self, chain: list[Node], salt: str, key: bytes, page: int) -> None:
-        """Extends a user's chain by the page that holds `key`'s tokens.
+    def publish(
+        self, chain: list[Node], salt: str, keys: Sequence[bytes], pages: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Extends a user's chain by pages that hold `keys`' tokens.
 
-        That is `page` itself, or the one that somebody published meanwhile.
+        Where a page with the same tokens is known it joins the chain instead; but if nobody uses it
+        the new one takes its place. Returns those of `pages` that are the cache's now, and those
+        that no longer are.
         """
         parent = chain[-1] if chain else None
         level = self._roots.setdefault(salt, {}) if parent is None else parent.children
-        node = level.get(key)
-        if node is None:
-            node = level[key] = Node(page, key, parent, salt)
-            self._num_used += 1
-        self.use((node,))
-        chain.append(node)
+        taken, replaced = [], []
+        for key, page in zip(keys, pages, strict=True):
+            node = level.get(key)
+            if node is None:
+                node = level[key] = Node(page, key, parent, salt)
+                taken.append(page)
+            elif node.num_users == 0:
+                del self._idle[node.page]
+                replaced.append(node.page)
+                taken.append(page)
+                node.page = page
+            self._num_used += node.num_users == 0
+            node.num_users += 1
+            chain.append(node)
+            parent, level = node, node.children
+        return taken, replaced
 
-    def leave(self, chain: list[Node]) -> None:
-        """Takes a user off each node and empties the chain."""
-        while chain:
-            node = chain.pop()
+    def leave(self, chain: Sequence[Node]) -> None:
+        """Takes a user off each node."""
+        for node in reversed(chain):
             node.num_users -= 1
             if node.num_users == 0:
                 self._idle[node.page] = node

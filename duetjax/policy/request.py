@@ -1,9 +1,11 @@
 """One generation as the scheduler sees it: tokens in, tokens out, pages held."""
 
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.config import SamplingParams
 from duetjax.policy.prefix_cache import Node
@@ -132,45 +134,47 @@ class StepOutputs:
 
 
 class Phase(Enum):
-    """Where a request stands. HANDING_OVER: its prompt ends in a launch on the prefill lane."""
+    """Where a request stands.
+
+    HANDING_OVER: its prompt ends in a launch on the prefill lane. ENDING: launches in flight feed
+    the last that it may feed.
+    """
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
     HANDING_OVER = "handing over"
     DECODING = "decoding"
+    ENDING = "ending"
     ENDED = "ended"
 
 
 type Rank = tuple[float, int]
+type Tokens = NDArray[np.int32]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """A request's progress, owned and written by the scheduler alone; numbers are in `columns`.
 
-    rank: lower goes first. tokens: prompt and output so far. slot: kept, while waiting too, until
-    no launch in flight names it. pages: KV pages by position. chain: nodes of the prefix cache for
-    the first pages; pages[i] is another page than chain[i]'s where two computed the same at once.
-    twin: the page it computes next, where others wait for it. num_cached: tokens of its prompt that
-    came from the prefix cache. num_muted: tokens that it will sample once more, already handed on.
+    rank: lower goes first. known: prompt and output so far, while it has no slot. slot: kept, while
+    waiting too, until no launch in flight names it. pages: KV pages by position. chain: nodes of
+    the prefix cache for the first pages; pages[i] is another page than chain[i]'s where two
+    computed the same at once. twin: the page it computes next, where others wait for it. keys:
+    what identifies each full page among its siblings: its tokens. num_cached: tokens that it
+    found in the prefix cache when it was first admitted. num_muted: tokens to be sampled once more, handed on before.
     """
 
     new: NewRequest
     rank: Rank
+    known: Tokens
     phase: Phase = Phase.WAITING
-    tokens: list[int] = field(default_factory=list)
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     chain: list[Node] = field(default_factory=list)
     twin: tuple[Node | str, bytes] | None = None
-    num_cached: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    num_cached: int | None = None
     num_muted: int = 0
-    _keys: list[bytes] = field(default_factory=list)
-
-    @property
-    def num_output(self) -> int:
-        """Tokens sampled so far."""
-        return len(self.tokens) - len(self.new.prompt)
 
     @property
     def wants_top(self) -> bool:
@@ -182,14 +186,15 @@ class Request:
 
         Computed as a prompt, it would differ in the last bits.
         """
-        self.num_muted += self.num_output
-        del self.tokens[len(self.new.prompt) :]
-        self._keys.clear()
+        num_prompt = len(self.new.prompt)
+        self.num_muted += len(self.known) - num_prompt
+        self.known = self.known[:num_prompt]
+        self.keys.clear()
 
-    def keys(self, page_size: int) -> list[bytes]:
-        """What identifies each full page of its tokens among its siblings: the tokens."""
-        for start in range(len(self._keys) * page_size, len(self.tokens), page_size):
-            page = self.tokens[start : start + page_size]
-            if len(page) == page_size:
-                self._keys.append(array("i", page).tobytes())
-        return self._keys
+    def learn_keys(self, tokens: Tokens, page_size: int) -> None:
+        """Adds the keys of all full pages of `tokens`, its tokens so far."""
+        first, full = len(self.keys), len(tokens) // page_size
+        if first < full:
+            packed = tokens[first * page_size : full * page_size].tobytes()
+            size = tokens.itemsize * page_size
+            self.keys += [packed[at : at + size] for at in range(0, len(packed), size)]

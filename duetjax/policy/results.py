@@ -1,6 +1,7 @@
 """Takes in what launches have sampled: tokens join their requests, who has ended is dismissed."""
 
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,6 @@ from duetjax.policy.roster import Roster, slot_of
 _TAKEN = int(RowFlag.SAMPLED)
 _BAD = int(RowFlag.NON_FINITE)
 _STOPPED = int(RowFlag.STOPPED)
-
-type Rows = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -59,46 +58,47 @@ class Results:
         return out.done()
 
     def _take_batch(self, batch: Batch, result: StepResult, out: _Outputs) -> None:
-        roster, columns, slots = self._roster, self._roster.columns, batch.slots
-        flags = np.array(result.flags[: len(batch)], np.int64)
+        columns, slots = self._roster.columns, batch.slots
+        flags = np.frombuffer(bytes(result.flags[: len(batch)]), np.uint8)
         takes = columns.takes[slots]
         sampled = takes & ((flags & _TAKEN) != 0)
-        columns.computed[slots] += sampled
-        at_end = columns.computed[slots] >= columns.end[slots]
-        ended = (sampled & (at_end | ((flags & _STOPPED) != 0))) | (takes & ((flags & _BAD) != 0))
-        full = sampled & (columns.computed[slots] % roster.limits.page_size == 0)
-        self._append(batch, None if sampled.all() else np.flatnonzero(sampled), result, out)
-        for row in np.flatnonzero(full).tolist():
-            roster.publish(batch.requests[row])
-        for row in np.flatnonzero(ended).tolist():
+        computed = columns.computed[slots] + sampled
+        columns.computed[slots] = computed
+        ended = (computed >= columns.end[slots]) | ((flags & _STOPPED) != 0)
+        ended = (sampled & ended) | (takes & ((flags & _BAD) != 0))
+        self._append(batch, sampled, result, out)
+        for row in ended.nonzero()[0].tolist():
             self._end(batch.requests[row], result.flags[row], out)
 
-    def _append(self, batch: Batch, rows: Rows | None, result: StepResult, out: _Outputs) -> None:
-        """The sampled tokens of `rows`, None being all, and their logprobs."""
-        if rows is None and not any(request.num_muted for request in self._muted(batch)):
-            tokens = result.tokens[: len(batch)]
-            for append, token in zip(batch.appends, tokens, strict=True):
-                append(token)
-            out.ids += batch.ids
-            out.tokens += tokens
-            for row in batch.scored:
-                out.logprobs.append((row, _logprob(batch.requests[row], row, result)))
+    def _append(
+        self, batch: Batch, sampled: NDArray[np.bool_], result: StepResult, out: _Outputs
+    ) -> None:
+        """The sampled tokens, and their logprobs."""
+        if batch.is_scored or self._roster.limits.deterministic:
+            for row in np.flatnonzero(sampled).tolist():
+                self._sampled(batch.requests[row], row, result, out)
             return
-        for row in range(len(batch)) if rows is None else rows.tolist():
-            self._sampled(batch.requests[row], row, result, out)
-
-    def _muted(self, batch: Batch) -> tuple[Request, ...]:
-        return batch.requests if self._roster.limits.deterministic else ()
+        ids, tokens, slots = batch.ids, result.tokens[: len(batch)], batch.slots
+        if not sampled.all():
+            some = sampled.tolist()
+            ids, tokens = tuple(compress(ids, some)), tuple(compress(tokens, some))
+            slots = slots[sampled]
+        self._roster.columns.append(slots, np.array(tokens, np.int32))
+        out.ids += ids
+        out.tokens += tokens
 
     def _sampled(self, request: Request, row: int, result: StepResult, out: _Outputs) -> None:
         """One row's token; not handed on where it has been before."""
-        request.tokens.append(result.tokens[row])
+        slot = slot_of(request)
+        length = int(self._roster.columns.length[slot])
+        self._roster.columns.tokens[slot, length] = result.tokens[row]
+        self._roster.columns.length[slot] = length + 1
         if request.num_muted:
             request.num_muted -= 1
             return
         if request.new.sampling.logprobs is not None:
             out.logprobs.append((len(out.ids), _logprob(request, row, result)))
-        if request.num_output == 1 and request.num_cached:
+        if length == len(request.new.prompt) and request.num_cached:
             out.cached.append((len(out.ids), request.num_cached))
         out.ids.append(request.new.id)
         out.tokens.append(result.tokens[row])
@@ -118,8 +118,9 @@ class Results:
         if not chunk.ends:
             return
         assert flags & _TAKEN, f"{request.new.id!r} sampled nothing: {flags}"
-        if request.num_output + request.num_muted == 0:
-            self.prompt_tokens += len(request.new.prompt)
+        num_prompt = len(request.new.prompt)
+        if columns.length[slot] + request.num_muted == num_prompt:
+            self.prompt_tokens += num_prompt
         self._sampled(request, row, result, out)
         if flags & _STOPPED or columns.computed[slot] >= columns.end[slot]:
             self._end(request, flags, out)
@@ -131,7 +132,8 @@ class Results:
         if flags & _BAD:
             why = FinishReason.ERROR
         else:
-            stopped = request.tokens[-1] in request.new.stop_ids
+            last = int(self._roster.columns.known(slot_of(request))[-1])
+            stopped = last in request.new.stop_ids
             assert stopped == bool(flags & _STOPPED), f"{request.new.id!r}: {flags} at its end"
             why = FinishReason.STOP if stopped else FinishReason.LENGTH
         self._roster.end(request)

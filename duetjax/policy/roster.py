@@ -5,14 +5,11 @@ others need its pages. Whoever leaves while launches in flight name its slot giv
 back when the last of them has completed.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Container, Iterable
 from heapq import heappop, heappush
 from typing import Any
 
-import numpy as np
-
-from duetjax.policy.columns import Batch, Columns
+from duetjax.policy.columns import Batch, Columns, Line
 from duetjax.policy.launch import SlotParams, Ticket
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.pages import PagePool
@@ -54,31 +51,35 @@ class Deltas:
 class Roster:
     """Admits, grows, preempts and dismisses requests.
 
-    in_flight: tickets of launches that have not completed. Lists are in order of rank; victims of
-    preemption are taken from the end.
+    in_flight: tickets of launches that have not completed. Victims of preemption are the last in
+    rank.
     """
 
     def __init__(self, limits: SchedulerLimits, in_flight: Container[Ticket]) -> None:
         self.limits = limits
-        self.columns = Columns(limits.num_slots)
+        self.columns = Columns(limits.num_slots, limits.max_model_len)
         self.pool = PagePool(limits.num_pages, prefix_caching=limits.prefix_caching)
         self.queue = WaitingQueue()
         self.deltas = Deltas()
         self.live: dict[str, Request] = {}
-        self.prefilling: list[Request] = []
-        self.handing_over: list[Request] = []
-        self.decoding: list[Request] = []
+        self.prefilling, self.handing_over = Line(), Line()
+        self.decoding, self.ending = Line(), Line()
         self.preemptions = self.preempted_tokens = 0
         self.prefix_queries = self.prefix_hits = 0
         self._in_flight = in_flight
         self._free_slots = list(range(limits.num_slots))  # a heap: the lowest goes out next
         self._leaving: dict[Ticket, list[Request]] = {}
-        self._batch: Batch | None = None
+        self._lines = {
+            Phase.PREFILLING: self.prefilling,
+            Phase.HANDING_OVER: self.handing_over,
+            Phase.DECODING: self.decoding,
+            Phase.ENDING: self.ending,
+        }
 
     @property
     def num_running(self) -> int:
         """Requests that are being computed."""
-        return len(self.prefilling) + len(self.handing_over) + len(self.decoding)
+        return sum(map(len, self._lines.values()))
 
     @property
     def prompt_tokens(self) -> int:
@@ -87,11 +88,13 @@ class Roster:
 
     def num_unplanned(self, request: Request) -> int:
         """Known tokens of a prefilling request that no launch has taken yet."""
-        return len(request.tokens) - int(self.columns.planned[slot_of(request)])
+        slot = slot_of(request)
+        return int(self.columns.length[slot] - self.columns.planned[slot])
 
     def add(self, request: Request) -> None:
         """A new request joins the line."""
         self.live[request.new.id] = request
+        request.learn_keys(request.known, self.limits.page_size)
         self.queue.add(request)
 
     # Admission.
@@ -117,17 +120,18 @@ class Roster:
     def _admit(self, request: Request) -> bool:
         """Admits the first in line, or sets it aside for a twin; False if there are no pages."""
         limits, pool, size = self.limits, self.pool, self.limits.page_size
-        if limits.deterministic and request.num_output:
+        if limits.deterministic and len(request.known) > len(request.new.prompt):
             request.restart()
-        keys = request.keys(size)[: (len(request.tokens) - 1) // size]
-        chain = pool.cache.match(request.new.cache_salt, keys)
-        if len(chain) < len(keys):
+        request.learn_keys(request.known, size)
+        keys = request.keys[: (len(request.known) - 1) // size]
+        chain = pool.cache.match(request.new.cache_salt, keys) if limits.prefix_caching else []
+        if limits.prefix_caching and len(chain) < len(keys):
             twin = (chain[-1] if chain else request.new.cache_salt, keys[len(chain)])
             if self.queue.put_off_first(twin):
                 return True
         if limits.deterministic:
             del chain[len(chain) - len(chain) % limits.pages_per_chunk :]
-        num_tokens = min(len(request.tokens) + 1, limits.num_fed(request.new))
+        num_tokens = min(len(request.known) + 1, limits.num_fed(request.new))
         wanted = limits.num_pages_for(num_tokens)
         idle = sum(node.num_users == 0 for node in chain)
         if wanted - len(chain) > pool.num_available - idle:
@@ -143,72 +147,76 @@ class Roster:
         """Gives an admitted request, which has its pages, a slot."""
         slot = request.slot = heappop(self._free_slots)
         cached, room = (len(p) * self.limits.page_size for p in (request.chain, request.pages))
-        self.columns.open(slot, cached, self.limits.num_fed(request.new), room)
+        end = self.limits.num_fed(request.new)
+        self.columns.open(slot, request.known, computed=cached, end=end, room=room)
         self.deltas.admitted[slot] = request
         self.deltas.pages[slot] = [(slot, i, page) for i, page in enumerate(request.pages)]
         self.deltas.limits[slot] = self.columns.limit(slot)
-        if request.num_output + request.num_muted == 0:
+        if request.num_cached is None:
             request.num_cached = cached
-        self.prefix_queries += len(request.tokens)
+        self.prefix_queries += len(request.known)
         self.prefix_hits += cached
-        request.phase = Phase.PREFILLING
-        _line_up(self.prefilling, request)
+        self._line_up(request, Phase.PREFILLING)
         self._announce(request)
 
     # Decoding rows and their room.
 
-    def batch(self) -> Batch:
-        """All decoding rows."""
-        if self._batch is None:
-            self._batch = Batch.of(self.decoding)
-        return self._batch
-
-    def num_ready(self) -> int:
-        """Decoding rows that could take a step."""
-        return int(np.count_nonzero(self.columns.steps(self.batch().slots, 1)))
-
-    def ready(self, k: int) -> tuple[Batch, int]:
-        """The rows that can take a step, and the most steps, up to k, that one of them can.
-
-        Their `planned` moves on: they are as good as launched.
-        """
-        batch = self.batch()
-        steps = self.columns.steps(batch.slots, k)
-        if not steps.all():
-            kept = np.flatnonzero(steps)
-            batch = Batch.of([batch.requests[row] for row in kept.tolist()])
-            steps = steps[kept]
-        self.columns.planned[batch.slots] += steps
-        return batch, int(steps.max(initial=0))
-
-    def reserve(self, k: int, *, may_preempt: bool) -> None:
+    def reserve(self, k: int, *, may_preempt: bool) -> int:
         """Gives each decoding row room for k more steps, or as much as there is.
 
-        A row without room for one step waits for pages in quarantine; if there are none and
-        `may_preempt`, the last in rank gives up its own.
+        Returns how many have no room for a single one. Those wait for pages in quarantine; if there
+        are none and `may_preempt`, the last in rank gives up its own.
         """
-        batch = self.batch()
-        for row in self.columns.short(batch.slots, k).tolist():
+        batch = self.decoding.batch()
+        missing = self.columns.missing_room(batch.slots, k)
+        rows = missing.nonzero()[0]
+        if not rows.size:
+            return 0
+        wanted = -(-missing[rows] // self.limits.page_size)
+        taken = self.pool.take(int(wanted.sum()))
+        starved = 0
+        for row, count in zip(rows.tolist(), wanted.tolist(), strict=True):
             request = batch.requests[row]
-            if request.phase is Phase.DECODING:  # not preempted for the sake of one before it
-                self._grow(request, k, may_preempt)
+            if taken is not None:
+                self._extend(request, taken[:count])
+                del taken[:count]
+            elif request.phase is Phase.DECODING:  # not preempted for the sake of one before it
+                starved += not self._grow(request, count, may_preempt)
+        return starved
 
-    def _grow(self, request: Request, k: int, may_preempt: bool) -> None:
+    def ready(self, k: int) -> tuple[Batch, int]:
+        """The decoding rows that can take a step, and the most, up to k, that one of them can.
+
+        Their `planned` moves on: they are as good as launched. Those with no step left to plan
+        are ENDING.
+        """
+        columns, batch = self.columns, self.decoding.batch()
+        steps = columns.steps(batch.slots, k)
+        if not steps.all():
+            kept = steps > 0
+            batch, steps = batch.kept(kept), steps[kept]
+        planned = columns.planned[batch.slots] + steps
+        columns.planned[batch.slots] = planned
+        for row in (planned == columns.end[batch.slots]).nonzero()[0].tolist():
+            self._move(batch.requests[row], Phase.ENDING)
+        return batch, int(steps.max(initial=0))
+
+    def _grow(self, request: Request, count: int, may_preempt: bool) -> bool:
+        """Up to `count` more pages where there are not enough for everybody; False if starved."""
         slot, columns = slot_of(request), self.columns
-        wanted = min(columns.planned[slot] + k, columns.end[slot])
-        missing = self.limits.num_pages_for(int(wanted)) - len(request.pages)
-        while missing > 0:
-            taken = self.pool.take(min(missing, self.pool.num_available)) or []
+        while True:
+            taken = self.pool.take(min(count, self.pool.num_available)) or []
             if taken:
                 self._extend(request, taken)
-                return
-            has_room = columns.planned[slot] < columns.room[slot]
-            if has_room or not may_preempt or self.pool.num_quarantined:
-                return
+                return True
+            if columns.planned[slot] < columns.room[slot]:
+                return True
+            if not may_preempt or self.pool.is_draining:
+                return False
             victim = self._last()
             self._preempt(victim)
             if victim is request:
-                return
+                return True
 
     def _extend(self, request: Request, taken: list[int]) -> None:
         slot, first = slot_of(request), len(request.pages)
@@ -219,8 +227,9 @@ class Roster:
         self.deltas.limits[slot] = self.columns.limit(slot)
 
     def _last(self) -> Request:
-        lists = (self.prefilling, self.handing_over, self.decoding)
-        return max((some[-1] for some in lists if some), key=lambda request: request.rank)
+        """Who is preempted first; who is ending would give little."""
+        lasts = (self.prefilling.last, self.handing_over.last, self.decoding.last)
+        return max((some for some in lasts if some), key=lambda request: request.rank)
 
     def _preempt(self, request: Request) -> None:
         """Sends a request back to its place in line; its tokens stay, its KV goes.
@@ -230,7 +239,7 @@ class Roster:
         """
         self.preemptions += 1
         self.preempted_tokens += int(self.columns.computed[slot_of(request)])
-        self._strike(request)
+        self._lines[request.phase].remove(request)
         request.phase = Phase.WAITING
         self.queue.add(request)
         self._leave(request)
@@ -239,50 +248,57 @@ class Roster:
 
     def prompt_planned(self, request: Request, *, decodes_next: bool) -> None:
         """The last chunk of a prompt is in a launch; after it the slot's token is its own."""
-        self._strike(request)
-        if decodes_next:
-            self._decodes(request)
+        slot = slot_of(request)
+        if not decodes_next:
+            self._move(request, Phase.HANDING_OVER)
+        elif self.columns.planned[slot] < self.columns.end[slot]:
+            self._move(request, Phase.DECODING)
         else:
-            request.phase = Phase.HANDING_OVER
-            _line_up(self.handing_over, request)
+            self._move(request, Phase.ENDING)
 
     def hand_over(self, request: Request, ticket: Ticket) -> None:
         """Its prompt has been computed on the prefill lane, by launch `ticket`, now complete."""
-        self._strike(request)
         self.deltas.handovers[slot_of(request)] = ticket
-        self._decodes(request)
+        self._move(request, Phase.DECODING)
 
-    def _decodes(self, request: Request) -> None:
-        request.phase = Phase.DECODING
-        _line_up(self.decoding, request)
-        self._batch = None
+    def _move(self, request: Request, phase: Phase) -> None:
+        self._lines[request.phase].remove(request)
+        self._line_up(request, phase)
+
+    def _line_up(self, request: Request, phase: Phase) -> None:
+        request.phase = phase
+        self._lines[phase].add(request)
 
     # Prefix cache.
 
     def publish(self, request: Request) -> None:
-        """Lets others find the pages that committed launches have filled."""
+        """Lets others find the pages that committed launches have filled.
+
+        Those of a prompt as they come, those of the output when the request leaves.
+        """
         if not request.pages:
             return  # preempted since
-        size = self.limits.page_size
-        full = int(self.columns.computed[slot_of(request)]) // size
+        size, slot, known = self.limits.page_size, slot_of(request), len(request.chain)
+        full = int(self.columns.computed[slot]) // size
         if self.limits.deterministic:  # decoding writes other last bits than prefilling
             full = min(full, len(request.new.prompt) // size)
-        if full <= len(request.chain) or not self.limits.prefix_caching:
+        if full <= known or not self.limits.prefix_caching:
             return
         self._unannounce(request)
-        for index in range(len(request.chain), full):
-            key, page = request.keys(size)[index], request.pages[index]
-            self.pool.publish(request.chain, request.new.cache_salt, key, page)
+        request.learn_keys(self.columns.known(slot), size)
+        keys, pages = request.keys[known:full], request.pages[known:full]
+        self.pool.publish(request.chain, request.new.cache_salt, keys, pages)
         self._announce(request)
 
     def _announce(self, request: Request) -> None:
         """Tells the queue which page of its prompt a request computes next."""
-        keys, known = request.keys(self.limits.page_size), len(request.chain)
+        known = len(request.chain)
         num_full = len(request.new.prompt) // self.limits.page_size
         if self.limits.prefix_caching and known < num_full:
             before = request.chain[-1] if known else request.new.cache_salt
-            if self.queue.computing((before, keys[known])):
-                request.twin = (before, keys[known])
+            twin = (before, request.keys[known])
+            if self.queue.computing(twin):
+                request.twin = twin
 
     def _unannounce(self, request: Request) -> None:
         if request.twin is not None:
@@ -299,7 +315,7 @@ class Roster:
         if request.phase is Phase.WAITING:
             self.queue.forget()
         else:
-            self._strike(request)
+            self._lines[request.phase].remove(request)
             self._leave(request)
         request.phase = Phase.ENDED
 
@@ -309,29 +325,17 @@ class Roster:
         for request in self._leaving.pop(ticket, ()):
             self._free_slot(request)
 
-    def _strike(self, request: Request) -> None:
-        """Takes a running request off its list."""
-        some = {
-            Phase.PREFILLING: self.prefilling,
-            Phase.HANDING_OVER: self.handing_over,
-            Phase.DECODING: self.decoding,
-        }[request.phase]
-        at = bisect_left(some, request.rank, key=lambda other: other.rank)
-        assert some[at] is request, f"{request.new.id!r} is not where its phase says"
-        del some[at]
-        if some is self.decoding:
-            self._batch = None
-
     def _leave(self, request: Request) -> None:
         """Gives pages and slot back, as soon as no launch in flight can write them."""
         slot = slot_of(request)
         ticket: Ticket | None = int(self.columns.ticket[slot])
         if ticket not in self._in_flight:
             ticket = None
+        self.publish(request)
         self._unannounce(request)
         self.deltas.forget(slot)
         self.pool.give_back(request.pages, request.chain, ticket)
-        request.pages = []
+        request.pages, request.chain = [], []
         if ticket is None:
             self._free_slot(request)
         else:
@@ -339,16 +343,19 @@ class Roster:
 
     def _free_slot(self, request: Request) -> None:
         slot = slot_of(request)
+        if request.phase is Phase.WAITING:
+            request.known = self.columns.known(slot).copy()
         self.columns.takes[slot] = False
         request.slot = None
         heappush(self._free_slots, slot)
 
     def check_integrity(self) -> None:
         """Asserts that pages and slots have one owner each and lists their order; for tests."""
-        running = [*self.prefilling, *self.handing_over, *self.decoding]
-        for some in (self.prefilling, self.handing_over, self.decoding):
-            ranks = [request.rank for request in some]
+        running = [request for line in self._lines.values() for request in line]
+        for phase, line in self._lines.items():
+            ranks = [request.rank for request in line]
             assert ranks == sorted(ranks), f"out of order: {ranks}"
+            assert all(request.phase is phase for request in line), f"not {phase}: {line}"
         waiting = self.queue.waiting()
         assert len(waiting) == len(self.queue), f"{len(self.queue)} counted, waiting: {waiting}"
         everyone = {request.new.id: request for request in (*running, *waiting)}
@@ -367,16 +374,12 @@ def slot_of(request: Request) -> int:
     return request.slot
 
 
-def _line_up(some: list[Request], request: Request) -> None:
-    insort(some, request, key=lambda other: other.rank)
-
-
 def _slot_params(request: Request) -> SlotParams:
-    sampling, known = request.new.sampling, tuple(request.tokens)
+    sampling = request.new.sampling
     return SlotParams(
         slot=slot_of(request),
         sampling=sampling,
         stop_ids=request.new.stop_ids,
         num_prompt=len(request.new.prompt),
-        history=known if sampling.has_penalties else (),
+        history=tuple(request.known.tolist()) if sampling.has_penalties else (),
     )

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import numpy as np
+
 from duetjax.config import InvalidRequest
-from duetjax.policy.columns import Batch, Chunk
+from duetjax.policy.columns import Batch, Chunk, Columns
 from duetjax.policy.durations import DurationTable
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split, Ticket
 from duetjax.policy.limits import SchedulerLimits
@@ -19,7 +21,7 @@ from duetjax.policy.request import NewRequest, Request, StepOutputs
 from duetjax.policy.results import Results
 from duetjax.policy.roster import Roster, slot_of
 
-_NOBODY = Batch.of(())
+_NOBODY = Batch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ class Scheduler:
         if new.id in self._roster.live:
             raise InvalidRequest(f"request id {new.id!r} is already in use; choose another")
         place = rank(new, now, next(self._sequence))
-        self._roster.add(Request(new, place, tokens=list(new.prompt)))
+        self._roster.add(Request(new, place, known=np.array(new.prompt, np.int32)))
 
     def abort(self, request_id: str) -> bool:
         """Ends a request without output; False if it is not live (unknown or finished).
@@ -195,10 +197,9 @@ class Scheduler:
         lanes, roster = self._lanes, self._roster
         if not self._has_room(Lane.WHOLE):
             return None
-        if self._has_room(Lane.DECODE):
-            roster.reserve(1, may_preempt=True)
+        starved = roster.reserve(1, may_preempt=True) if self._has_room(Lane.DECODE) else 0
         roster.admit(self.limits.max_num_batched_tokens)
-        load = Load(rows=roster.num_ready(), prompt_tokens=roster.prompt_tokens)
+        load = Load(len(roster.decoding) - starved, roster.prompt_tokens)
         if not (load.rows or load.prompt_tokens):
             return None
         decision = self._policy.decide(load)
@@ -252,8 +253,8 @@ class Scheduler:
             return buckets[-1]
         longest_ms = pace.max_prefill_launch_ms
         if longest_ms is None:
-            requests = self._roster.batch().requests
-            slos = (request.new.tbt_slo_ms or pace.tbt_slo_ms for request in requests)
+            requests = self._roster.decoding
+            slos = [request.new.tbt_slo_ms or pace.tbt_slo_ms for request in requests]
             longest_ms = 4 * min(slos, default=pace.tbt_slo_ms)
         split, of = duet.split, pace.durations.of
         fitting = [size for size in buckets if of(split, Program.PREFILL, size) <= longest_ms]
@@ -268,7 +269,7 @@ class Scheduler:
         """Takes the next tokens of the first prompts in line, `budget` in all."""
         roster = self._roster
         chunks: list[Chunk] = []
-        for request in roster.prefilling.copy():
+        for request in list(roster.prefilling):
             if budget <= 0 or (chunks and self.limits.deterministic):
                 break
             left = roster.num_unplanned(request)
@@ -292,7 +293,8 @@ class Scheduler:
     ) -> Launch:
         """Puts a launch in flight; with chunks it is one of the prefill program."""
         ticket = next(self._tickets)
-        slots = batch.slot_tuple + tuple([slot_of(chunk.request) for chunk in chunks])
+        columns, fed = self._roster.columns, [slot_of(chunk.request) for chunk in chunks]
+        slots = (*batch.slots.tolist(), *fed)
         num_tokens = len(batch) + sum(chunk.count for chunk in chunks)
         program = Program.PREFILL if chunks else Program.DECODE
         buckets = self.limits.prefill_buckets if chunks else self.limits.decode_buckets
@@ -308,10 +310,12 @@ class Scheduler:
             k=k,
             wants_top=wants_top,
             predicted_ms=self._predicted_ms(split, program, bucket, k),
-            **_prefill_columns(batch, chunks),
+            **_prefill_columns(batch, chunks, columns),
             **self._roster.deltas.take(slots),
         )
-        self._roster.columns.ticket[list(slots)] = ticket
+        columns.ticket[batch.slots] = ticket
+        if chunks:
+            columns.ticket[fed] = ticket
         self._flights[ticket] = _Flight(launch, batch, chunks)
         self._lanes.depth[lane] += 1
         return launch
@@ -342,14 +346,17 @@ class Scheduler:
         return outputs
 
 
-def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...]) -> dict[str, Any]:
+def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...], columns: Columns) -> dict[str, Any]:
     """What a launch of the prefill program has beside its slots: decoding rows, then chunks."""
     if not chunks:
         return {}
-    rows = len(batch)
+    rows, tokens = len(batch), []
+    for chunk in chunks:
+        known = columns.tokens[slot_of(chunk.request)]
+        tokens += known[chunk.start : chunk.start + chunk.count].tolist()
     return {
         "starts": (0,) * rows + tuple([chunk.start for chunk in chunks]),
         "counts": (0,) * rows + tuple([chunk.count for chunk in chunks]),
-        "tokens": tuple([token for chunk in chunks for token in chunk.tokens]),
+        "tokens": tuple(tokens),
         "samples": (True,) * rows + tuple([chunk.ends for chunk in chunks]),
     }

@@ -146,16 +146,18 @@ def test_abort_of_an_id_that_nobody_has_does_nothing(llm):
     run(llm.abort("nobody"))
 
 
-def test_closing_the_iterator_gives_everything_back(llm, engine):
+def test_closing_the_iterator_aborts_in_the_engine(llm, engine):
     async def closed():
         async with begun(llm):
-            pass
+            engine.executor.hold()
+        assert engine.aborted == engine.submitted
 
     run(closed())
+    engine.executor.release()
     engine.wait_idle()
 
 
-def test_cancelling_the_waiting_task_gives_everything_back(llm, engine):
+def test_cancelling_the_waiting_task_aborts_in_the_engine(llm, engine):
     async def cancelled():
         engine.executor.hold()
         task = asyncio.create_task(collect(llm.generate("a", ENDLESS)))
@@ -164,6 +166,7 @@ def test_cancelling_the_waiting_task_gives_everything_back(llm, engine):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert engine.aborted == engine.submitted
 
     run(cancelled())
     engine.executor.release()

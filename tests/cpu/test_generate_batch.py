@@ -47,6 +47,10 @@ def as_bytes(line):
     return (line if isinstance(line, str) else json.dumps(line)).encode()
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
 def answer(folder, lines, *flags, name="in.jsonl", code=0):
     """Runs a batch of lines (values, texts or bytes); its results."""
     (folder / name).write_bytes(b"".join(as_bytes(line) + b"\n" for line in lines))
@@ -102,6 +106,7 @@ BAD = {
         request("x", CHAT, messages=[{"role": "user", "content": "", "to": 1}]),
         "].to",
     ),
+    "nesting": (request("x", logit_bias={"1": nested(300)}), "cannot be passed on"),
     "stream": (request("x", stream=True), "does not stream"),
     "range": (request("x", temperature=3), "from 0 to 2"),
     "type": (request("x", max_tokens="4"), "max_tokens"),

@@ -27,7 +27,7 @@ CLOCKS = ("time", "datetime", "sched", "asyncio", "threading")
 
 # A unit is a package, or a module directly in duetjax/; the longest name that fits is the unit.
 RULES = {
-    "duetjax": Rule(ours=("duetjax.config", "duetjax.llm")),
+    "duetjax": Rule(ours=("duetjax.async_llm", "duetjax.config", "duetjax.llm")),
     "duetjax.config": Rule(),
     "duetjax.host": Rule(),
     "duetjax.presets": Rule(),
@@ -69,9 +69,27 @@ RULES = {
         theirs=("jax", "numpy", "tqdm"),
     ),
     # The engine's client takes and gives the plain values of policy.request.
+    "duetjax.completion": Rule(
+        ours=("duetjax.config", "duetjax.engine", "duetjax.policy.request", "duetjax.text")
+    ),
+    "duetjax.async_llm": Rule(
+        ours=(
+            "duetjax.build",
+            "duetjax.completion",
+            "duetjax.config",
+            "duetjax.llm",
+            "duetjax.policy.request",
+        )
+    ),
+    "duetjax.batch": Rule(ours=("duetjax.config",), theirs=("orjson",)),
+    "duetjax.run_batch": Rule(
+        ours=("duetjax.batch", "duetjax.config", "duetjax.engine", "duetjax.serve"),
+        theirs=("orjson", "starlette", "tqdm"),
+    ),
     "duetjax.llm": Rule(
         ours=(
             "duetjax.build",
+            "duetjax.completion",
             "duetjax.config",
             "duetjax.engine",
             "duetjax.policy.request",

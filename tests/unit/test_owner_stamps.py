@@ -102,7 +102,7 @@ def test_pages_of_an_aborted_row_wait_for_its_steps_in_flight():
     decode, prefill = run.plan()
     assert (decode.lane, prefill.lane) == (Lane.DECODE, Lane.PREFILL)
     run.abort("a")
-    run.add(request("c", 16, 1))  # wants 4 pages, and there are 2, 3 more in quarantine
+    run.add(request("c", 20, 1))  # wants 5 pages of 7; 3 are in quarantine
     run.finish_launch(Lane.PREFILL)
     assert run.plan() == ()
     run.finish(random.Random(1))

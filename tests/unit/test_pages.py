@@ -250,6 +250,7 @@ class PagesAgainstAModel(RuleBasedStateMachine):
         return page
 
     def use(self, path):
+        """One more user of a known page."""
         self.users[path] = self.users.get(path, 0) + 1
         if path in self.idle:
             self.idle.remove(path)
@@ -272,6 +273,13 @@ class PagesAgainstAModel(RuleBasedStateMachine):
         assert taken == self.take(wanted)
         self.owners.append(Owner(salt, keys, [*(node.page for node in chain), *taken], chain))
 
+    @rule(keys=KEYS)
+    def come_and_fill_all_pages(self, keys):
+        before = len(self.owners)
+        self.come("", keys, 1)
+        for owner in self.owners[before:]:
+            self.fill(owner, len(keys))
+
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
     def come_to_compute_what_another_does(self, data):
@@ -290,7 +298,9 @@ class PagesAgainstAModel(RuleBasedStateMachine):
     @precondition(lambda self: self.owners)
     @rule(data=st.data(), count=st.integers(1, 5))
     def publish(self, data, count):
-        owner = data.draw(st.sampled_from(self.owners))
+        self.fill(data.draw(st.sampled_from(self.owners)), count)
+
+    def fill(self, owner, count):
         known = len(owner.chain)
         for path in owner.paths(len(owner.keys))[known : known + count]:
             page = owner.pages[len(owner.chain)]

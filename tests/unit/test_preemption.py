@@ -193,6 +193,15 @@ def test_a_deterministic_request_may_be_preempted_while_it_decodes_again():
     assert run.stats.preemptions > 4
 
 
+@AHEAD
+def test_a_request_that_computes_anew_what_is_cached_needs_no_more_pages_for_it(launches_per_lane):
+    bounds = limits(num_pages=4, **DETERMINISTIC, launches_per_lane=launches_per_lane)
+    prompt = request("a", 6).prompt  # its one full page is no whole chunk, so it is not used
+    run = Run(bounds).add(request("a", prompt=prompt, max_tokens=1)).finish()
+    run.add(request("b", prompt=prompt, max_tokens=7)).finish()  # needs all three pages
+    assert run.stats.preemptions == 0
+
+
 # Aborts at every stage.
 
 
