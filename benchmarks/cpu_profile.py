@@ -111,7 +111,8 @@ def profile(name: str, found: Sequence[Measured]) -> HardwareProfile:
     """The profile; where more cores came out slower than fewer, the fewer count."""
     by, machine = Basis.MEASURED, processor()
     product = f"float32 product of {PRODUCT_SIZE} by {PRODUCT_SIZE} matrices, JAX"
-    share, unknown = Origin(by, "any number of cores"), Origin(Basis.ASSUMED, "until measured")
+    share = Origin(Basis.DERIVED, "a process can be bound to any number of cores")
+    unknown = Origin(Basis.ASSUMED, "until measured")
     flops = accumulate([each.flops_per_s for each in found], max)
     moved = accumulate([each.bytes_per_s for each in found], max)
     reached = zip([each.cores for each in found], flops, moved, strict=True)

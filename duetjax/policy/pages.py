@@ -79,8 +79,9 @@ class PagePool:
         """
         shared = {node.page for node in chain}
         private = [page for page in pages if page not in shared]
-        assert self._held.issuperset(private), f"not all of {private} are held by anyone"
-        self._held.difference_update(private)
+        for page in private:
+            assert page in self._held, f"page {page} of {list(pages)} is not held by anyone"
+            self._held.remove(page)
         if ticket is None:
             self._release(private, chain)
         else:

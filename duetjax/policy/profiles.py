@@ -259,7 +259,7 @@ class HardwareProfile:
         factors = {name: parts[name].number("value", least) for name, least in _FACTORS.items()}
         columns = [_rising(parts[name]) for name in _CURVE]
         if len({len(column) for column in columns}) != 1:
-            raise document.wrong("curve_cores", "and the other curves must be equally long")
+            raise document.wrong("curve_cores", "must be as long as the other curves")
         if columns[0][-1] != counts["cores"]:
             raise document.wrong("curve_cores", f"must end with all {counts['cores']} cores")
         if len(set(columns[0])) != len(columns[0]) or any(each % 1 for each in columns[0]):

@@ -161,7 +161,8 @@ class Request:
     the prefix cache for the first pages; pages[i] is another page than chain[i]'s where two
     computed the same at once. twin: the page it computes next, where others wait for it. keys:
     what identifies each full page among its siblings: its tokens. num_cached: tokens that it
-    found in the prefix cache when it was first admitted. num_muted: tokens to be sampled once more, handed on before.
+    found in the prefix cache when it was first admitted. num_muted: tokens to be sampled once
+    more, handed on before.
     """
 
     new: NewRequest

@@ -6,8 +6,10 @@ the hardware profile says that many cores reach. Source: DuetServe (arXiv 2511.0
 the roofline; where this differs from it the docstrings say so. No calibration, and no clock.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,12 +68,12 @@ class Roofline:
             Lane.DECODE: hardware.contention_decode,
             Lane.PREFILL: hardware.contention_prefill,
         }
-        cores = np.arange(hardware.cores + 1)
-        ends = [0, *(at.cores for at in hardware.curve)]
-        reached = [0.0, *(at.flops_per_s for at in hardware.curve)]
-        self._flops_per_ms = np.interp(cores, ends, reached) / 1e3
-        reached = [0.0, *(at.bytes_per_s for at in hardware.curve)]
-        self._bytes_per_ms = np.interp(cores, ends, reached) / 1e3
+        of_layers = float(model.num_layers * model.head_dim * model.dtype_bytes)
+        self._flops_per_pair = float(model.num_layers * model.num_heads * (4 * model.head_dim + 2))
+        self._bytes_per_query = 2 * model.num_heads * of_layers
+        self._bytes_per_key = 2 * model.num_kv_heads * of_layers
+        reached = zip(*((at.flops_per_s, at.bytes_per_s) for at in hardware.curve), strict=True)
+        self._ms_per_unit = tuple([_ms_per_unit(hardware, column) for column in reached])
 
     def step_ms(
         self,
@@ -84,64 +86,95 @@ class Roofline:
     ) -> Floats:
         """Milliseconds of one step for each candidate number of cores [S], launch included.
 
-        new, cached [R]: tokens computed now, and tokens in the KV cache before, of each row. A
-        decoding row has one new token. contended: the lane it runs on beside the other one.
-        Monotone in new, cached and bucket, non-increasing in cores, always finite. A bucket that
-        the model profile has not is interpolated between its neighbours; below the first it costs
-        what that one does, above the last it follows the last two. Raises ValueError for counts
-        that are negative or not finite, and for cores that the device has not.
+        new, cached [R]: tokens computed now, and tokens in the KV cache before, of each row; `new`
+        may be one number for all rows, as 1 for decoding ones. contended: the lane it runs on
+        beside the other one. Monotone in new, cached and bucket, non-increasing in cores, always
+        finite. A bucket that the model profile has not is interpolated between its neighbours;
+        below the first it costs what that one does, above the last it follows the last two. Raises
+        ValueError for counts that are negative or not finite, for more new tokens than the bucket
+        holds, and for cores that the device has not.
         """
-        q, c = _rows(new, cached)
-        tokens = q.sum()
-        if not tokens <= bucket:
-            raise ValueError(f"{tokens:g} new tokens do not fit into {program} {bucket}")
-        flops_per_ms, bytes_per_ms = self._reach(cores)
+        return self.ms(self.work(program, bucket, new, cached), cores, contended)
+
+    def work(self, program: Program, bucket: int, new: ArrayLike, cached: ArrayLike) -> Floats:
+        """FLOPs and bytes of the parts of one step, [2, parts]: the program, then attention.
+
+        A part takes the longer of its FLOPs' and its bytes' time. Arguments and errors as in
+        `step_ms`, from which it is apart for whoever asks for one step on several lanes.
+        """
+        rows = _Rows(new, cached)
+        if rows.tokens > bucket:
+            raise ValueError(f"{rows.tokens:g} new tokens do not fit into {program} {bucket}")
         flops, num_bytes = self._curves[program].at(bucket)
-        num_bytes += tokens * self._kv_bytes
-        ms = np.maximum(flops / flops_per_ms, num_bytes / bytes_per_ms)
-        ms += self._attention_ms(q, c, flops_per_ms, bytes_per_ms)
+        num_bytes += rows.tokens * self._bytes_per_key  # the keys and values that they write
+        if self._attention is Attention.FUSED:
+            return np.array(((flops, num_bytes), self._sums(rows))).T
+        by_row = np.stack(self._by_row(rows.new, rows.cached))
+        return np.concatenate((((flops,), (num_bytes,)), by_row), 1)
+
+    def ms(self, work: Floats, cores: ArrayLike, contended: Lane | None = None) -> Floats:
+        """Milliseconds of such a step for each candidate number of cores [S], as `step_ms`."""
+        index, most = np.asarray(cores), len(self._ms_per_unit[0]) - 1
+        is_whole = index.ndim == 1 and index.dtype.kind in "iu"
+        if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
+            raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
+        (flops, num_bytes), (per_flop, per_byte) = work, self._ms_per_unit
+        each = np.multiply.outer
+        parts = np.maximum(each(per_flop[index], flops), each(per_byte[index], num_bytes))
+        ms: Floats = np.add.reduce(parts, 1)
         ms *= self._contention[contended]
         ms += self._launch_ms
         return ms
 
-    def attention_cost(self, new: ArrayLike, cached: ArrayLike) -> tuple[Floats, Floats]:
+    def _by_row(self, q: Floats, c: Floats) -> tuple[Floats, Floats]:
         """FLOPs and bytes of each row's attention over all layers, [R] both.
 
         Per layer F = (4 D + 2) H pairs, two products and the softmax over every pair of query and
         key, and B = 2 H q D s + 2 K (q + c) D s: queries in, outputs out, keys and values once.
         """
-        return self._attention_cost(*_rows(new, cached))
+        context = q + c
+        computed = self._share * q + (1 - self._share)  # queries of the average layer
+        pairs = q * (context - 0.5 * (q - 1) if self._causal else context)
+        pairs = self._share * pairs + (1 - self._share) * context
+        moved = computed * self._bytes_per_query + context * self._bytes_per_key
+        return pairs * self._flops_per_pair, moved
 
-    @property
-    def _kv_bytes(self) -> float:
-        """Bytes of the keys and values that one token writes: 2 L K D s."""
-        m = self._model
-        return 2.0 * m.num_layers * m.num_kv_heads * m.head_dim * m.dtype_bytes
+    def _sums(self, rows: "_Rows") -> tuple[float, float]:
+        """The sums of `_by_row` over the rows, multiplied out: every array costs microseconds."""
+        tokens, context = rows.tokens, rows.context + rows.tokens
+        squares = (rows.squares + tokens) / 2 if self._causal else rows.squares
+        pairs = self._share * (rows.products + squares) + (1 - self._share) * context
+        computed = self._share * tokens + (1 - self._share) * rows.count
+        moved = computed * self._bytes_per_query + context * self._bytes_per_key
+        return pairs * self._flops_per_pair, moved
 
-    def _attention_cost(self, q: Floats, c: Floats) -> tuple[Floats, Floats]:
-        m = self._model
-        computed = np.minimum(q, 1.0 + (q - 1.0) * self._share)  # queries of the average layer
-        context = c + (q + 1.0) / 2 if self._causal else q + c
-        flops = computed * context * float(m.num_layers * m.num_heads * (4 * m.head_dim + 2))
-        unit = 2.0 * m.num_layers * m.head_dim * m.dtype_bytes
-        moved = (computed * m.num_heads + (q + c) * m.num_kv_heads) * unit
-        return flops, np.where(q > 0, moved, 0.0)
 
-    def _attention_ms(self, q: Floats, c: Floats, *reach: Floats) -> Floats:
-        flops, moved = self._attention_cost(q, c)
-        flops_per_ms, bytes_per_ms = reach
-        if self._attention is Attention.FUSED:
-            return np.maximum(flops.sum() / flops_per_ms, moved.sum() / bytes_per_ms)
-        times = np.maximum(flops[:, None] / flops_per_ms, moved[:, None] / bytes_per_ms)
-        total: Floats = times.sum(0)
-        return total
+class _Rows:
+    """The rows with new tokens, the others costing nothing; and sums over them.
 
-    def _reach(self, cores: ArrayLike) -> tuple[Floats, Floats]:
-        index, most = np.asarray(cores), len(self._flops_per_ms) - 1
-        is_whole = index.ndim == 1 and index.dtype.kind in "iu"
-        if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
-            raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
-        return self._flops_per_ms[index], self._bytes_per_ms[index]
+    tokens: new; context: cached; squares: of new; products: of new and cached.
+    """
+
+    def __init__(self, new: ArrayLike, cached: ArrayLike) -> None:
+        q, c = np.asarray(new, np.float64), np.asarray(cached, np.float64)
+        if q.ndim > 1 or c.ndim != 1 or q.shape not in ((), c.shape):
+            raise ValueError(f"new and cached must be rows of one length: {q.shape}, {c.shape}")
+        fewest = np.minimum.reduce(q, None, initial=1)
+        self.context = float(np.add.reduce(c))
+        self.tokens = float(np.add.reduce(q)) if q.ndim else float(q) * len(c)
+        # NaN fails any comparison, and so does a sum with it or with infinity.
+        is_positive = fewest >= 0 and np.minimum.reduce(c, initial=0) >= 0
+        if not (is_positive and self.tokens < MOST_TOKENS and self.context < MOST_TOKENS):
+            raise ValueError(f"new and cached must be from 0 to {MOST_TOKENS:g}, not {q} and {c}")
+        if fewest < 1:
+            busy = np.broadcast_to(q, c.shape) > 0
+            q, c = np.broadcast_to(q, c.shape)[busy], c[busy]
+            self.context = float(np.add.reduce(c))
+        self.new, self.cached, self.count = q, c, len(c)
+        if q.ndim:
+            self.squares, self.products = float(q @ q), float(q @ c)
+        else:
+            self.squares, self.products = float(q) * self.tokens, float(q) * self.context
 
 
 class _Curve:
@@ -152,28 +185,24 @@ class _Curve:
         if not sizes:
             raise ValueError(f"the profile of {model.model} has no {program} program")
         costs = [model.costs[program, size] for size in sizes]
-        self._sizes = np.array(sizes, np.float64)
-        self._flops: Floats = np.maximum.accumulate([cost.flops for cost in costs])
-        self._bytes: Floats = np.maximum.accumulate([cost.bytes for cost in costs])
+        flops = accumulate([cost.flops for cost in costs], max)
+        num_bytes = accumulate([cost.bytes for cost in costs], max)
+        self._costs = dict(zip(sizes, zip(flops, num_bytes, strict=True), strict=True))
+        self._sizes = sizes
 
     def at(self, bucket: int) -> tuple[float, float]:
         """FLOPs and bytes."""
-        return self._at(bucket, self._flops), self._at(bucket, self._bytes)
+        if bucket in self._costs or bucket < self._sizes[0] or len(self._sizes) == 1:
+            return self._costs.get(bucket, self._costs[self._sizes[0]])
+        place = min(bisect(self._sizes, bucket), len(self._sizes) - 1)
+        low, high = self._sizes[place - 1], self._sizes[place]
+        part = (bucket - low) / (high - low)
+        (flops, num_bytes), (more_flops, more_bytes) = self._costs[low], self._costs[high]
+        return flops + part * (more_flops - flops), num_bytes + part * (more_bytes - num_bytes)
 
-    def _at(self, bucket: int, values: Floats) -> float:
-        sizes = self._sizes
-        if bucket > sizes[-1] and len(sizes) > 1:
-            slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
-            return float(values[-1] + slope * (bucket - sizes[-1]))
-        return float(np.interp(bucket, sizes, values))
 
-
-def _rows(new: ArrayLike, cached: ArrayLike) -> tuple[Floats, Floats]:
-    q, c = np.asarray(new, np.float64), np.asarray(cached, np.float64)
-    if q.ndim != 1 or q.shape != c.shape:
-        raise ValueError(f"new and cached must be rows of one length, not {q.shape} and {c.shape}")
-    for name, values in (("new", q), ("cached", c)):
-        # NaN fails any comparison.
-        if values.size and not (values.min() >= 0 and values.max() < MOST_TOKENS):
-            raise ValueError(f"{name} must be from 0 to {MOST_TOKENS:g}, not {values}")
-    return q, c
+def _ms_per_unit(hardware: HardwareProfile, reached: Sequence[float]) -> Floats:
+    """Milliseconds of one FLOP or byte by number of cores; infinite on none."""
+    cores = np.arange(hardware.cores + 1)
+    per_s = np.interp(cores, [0, *(at.cores for at in hardware.curve)], [0.0, *reached])
+    return np.divide(1e3, per_s, out=np.full_like(per_s, np.inf), where=per_s > 0)

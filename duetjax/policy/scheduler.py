@@ -199,12 +199,14 @@ class Scheduler:
             return None
         starved = roster.reserve(1, may_preempt=True) if self._has_room(Lane.DECODE) else 0
         roster.admit(self.limits.max_num_batched_tokens)
-        load = Load(len(roster.decoding) - starved, roster.prompt_tokens)
+        rows = len(roster.decoding) - starved
+        rows = max(rows, int(lanes.depth[Lane.DECODE] > 0))  # their last steps are still running
+        load = Load(rows, roster.prompt_tokens)
         if not (load.rows or load.prompt_tokens):
             return None
         decision = self._policy.decide(load)
         if isinstance(decision, Duet):
-            return self._plan_duet(decision, feeds=True)
+            return self._plan_duet(decision, feeds=load.prompt_tokens > 0)
         if lanes.depth[Lane.PREFILL]:
             assert lanes.episode is not None, lanes
             return self._plan_duet(lanes.episode, feeds=False)

@@ -221,7 +221,6 @@ def test_the_checkpoint_folder_in_the_package_has_no_code_but_its_docstring() ->
         ("duetjax.policy.pages", "from ..model import decoder", "duetjax.model.decoder"),
         ("duetjax.policy.pages", "from .. import engine", "duetjax.engine"),
         ("duetjax.policy.pages", "from time import monotonic", "time"),
-        ("duetjax.policy.pages", "import numpy as np", "numpy"),
         ("duetjax.config", "import pydantic", "pydantic"),
         ("duetjax.config", "from duetjax.policy.launch import Launch", "duetjax.policy.launch"),
         (

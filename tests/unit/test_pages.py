@@ -11,8 +11,7 @@ from duetjax.policy.pages import PagePool
 def publish_all(pool, pages, keys, salt=""):
     """The chain of an owner who lets others find all of its pages."""
     chain = []
-    for key, page in zip(keys, pages, strict=True):
-        pool.publish(chain, salt, key, page)
+    pool.publish(chain, salt, keys, pages)
     return chain
 
 
@@ -85,8 +84,8 @@ def test_a_page_of_no_pool_is_refused(page):
 
 def test_a_page_that_nobody_holds_cannot_be_published():
     pool = PagePool(4)
-    with pytest.raises(AssertionError, match="page 1 is not held"):
-        pool.publish([], "", b"a", 1)
+    with pytest.raises(AssertionError, match=r"not all of \[1\] are held"):
+        pool.publish([], "", [b"a"], [1])
 
 
 @pytest.mark.parametrize("held", [(1,), (1, 2, 3), (1, 3), (1, 2, 2), (0, 1, 2)])
@@ -117,13 +116,27 @@ def test_private_pages_wait_for_the_launch_that_may_write_them():
     assert pool.take(3) == held
 
 
-def test_published_pages_can_be_found_at_once_whatever_is_in_flight():
+def test_published_pages_are_found_but_not_evicted_while_a_launch_may_read_them():
     pool = PagePool(4)
     pages = pool.take(2)
     chain = publish_all(pool, pages[:1], [b"a"])
     pool.give_back(pages, chain, 5)
-    assert (pool.cache.num_idle, pool.num_quarantined) == (1, 1)
+    assert (pool.cache.num_idle, pool.num_quarantined, pool.is_draining) == (0, 1, True)
     assert [node.page for node in pool.cache.match("", [b"a", b"b"])] == pages[:1]
+    assert pool.take(2) is None
+    pool.complete(5)
+    assert (pool.cache.num_idle, pool.num_quarantined, pool.is_draining) == (1, 0, False)
+    assert pool.take(3) == [2, 3, 1]
+
+
+def test_a_page_computed_anew_takes_the_place_of_one_that_nobody_uses():
+    pool = PagePool(4)
+    old, new = pool.take(1), pool.take(1)
+    pool.give_back(old, publish_all(pool, old, [b"a"]), None)
+    chain = publish_all(pool, new, [b"a"])
+    assert [node.page for node in chain] == new
+    assert (pool.num_free, pool.cache.num_idle, pool.cache.num_used) == (2, 0, 1)
+    pool.check_integrity([(new, chain)])
 
 
 def test_the_cache_loses_pages_only_when_none_is_free():
@@ -304,7 +317,9 @@ class PagesAgainstAModel(RuleBasedStateMachine):
         known = len(owner.chain)
         for path in owner.paths(len(owner.keys))[known : known + count]:
             page = owner.pages[len(owner.chain)]
-            self.pool.publish(owner.chain, owner.salt, path[1][-1], page)
+            self.pool.publish(owner.chain, owner.salt, [path[1][-1]], [page])
+            if path in self.idle:
+                self.free.insert(0, self.cached.pop(path))
             assert owner.chain[-1].page == self.cached.setdefault(path, page)
             self.use(path)
 
@@ -315,25 +330,31 @@ class PagesAgainstAModel(RuleBasedStateMachine):
         self.owners.remove(owner)
         paths = owner.paths(len(owner.chain))
         private = [page for page in owner.pages if page not in map(self.cached.get, paths)]
+        if ticket is None:
+            self.release(private, paths)
+        else:
+            self.quarantined.setdefault(ticket, []).append((private, paths))
+        self.pool.give_back(owner.pages, owner.chain, ticket)
+
+    def release(self, private, paths):
+        self.free = private + self.free
         for path in reversed(paths):
             self.users[path] -= 1
             if not self.users[path]:
                 self.idle.append(path)
-        if ticket is None:
-            self.free = private + self.free
-        else:
-            self.quarantined[ticket] = self.quarantined.get(ticket, []) + private
-        self.pool.give_back(owner.pages, owner.chain, ticket)
-        assert owner.chain == []
 
     @rule(ticket=st.integers(0, 2))
     def complete(self, ticket):
         self.pool.complete(ticket)
-        self.free = self.quarantined.pop(ticket, []) + self.free
+        for private, paths in self.quarantined.pop(ticket, []):
+            self.release(private, paths)
+
+    def waiting(self):
+        return [page for some in self.quarantined.values() for pages, _ in some for page in pages]
 
     @rule(data=st.data())
     def give_back_what_nobody_holds(self, data):
-        waiting = [page for pages in self.quarantined.values() for page in pages]
+        waiting = self.waiting()
         page = data.draw(st.sampled_from([0, *self.free, *waiting, *self.cached.values()]))
         with pytest.raises(AssertionError, match=f"page {page} .* is not held"):
             self.pool.give_back([page], [], None)
@@ -351,7 +372,7 @@ class PagesAgainstAModel(RuleBasedStateMachine):
             len(self.free) + len(self.idle),
         )
         assert (pool.cache.num_idle, cached) == (len(self.idle), len(self.cached))
-        assert pool.num_quarantined == sum(map(len, self.quarantined.values()))
+        assert pool.num_quarantined == len(self.waiting())
 
 
 TestPagesAgainstAModel = PagesAgainstAModel.TestCase

@@ -1,5 +1,6 @@
 """Who is next in line, and who waits for another's page instead."""
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ def new(name="r", priority=0):
 
 def request(sequence, now=0.0, priority=0):
     name = new(str(sequence), priority)
-    return Request(name, rank(name, now, sequence), tokens=list(name.prompt))
+    return Request(name, rank(name, now, sequence), known=np.array(name.prompt, np.int32))
 
 
 def drain(queue):
