@@ -20,7 +20,7 @@ import numpy as np
 
 from duetjax.checkpoint.source import resolve_model
 from duetjax.config import EngineConfig, ModelConfig, SamplingParams
-from duetjax.policy.launch import Launch, Program, SlotParams
+from duetjax.policy.launch import Launch, Program, SlotParams, pack
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import JaxDevice
 from duetjax.runtime.memory import plan_memory
@@ -61,7 +61,7 @@ class DecodeStep:
                 (slot,),
                 starts=(0,),
                 counts=(context,),
-                tokens=(1,) * context,
+                packed=pack((1,) * context),
                 samples=(True,),
                 admitted=(SlotParams(slot, SamplingParams(temperature=0, seed=0)),),
                 pages=tuple((slot, i, 1 + slot * pages + i) for i in range(pages)),

@@ -64,21 +64,30 @@ class Columns:
         limit = np.minimum(self.end[slots], self.room[slots])
         return np.minimum(np.maximum(limit - self.planned[slots], 0), k)
 
-    def missing_room(self, slots: Slots, k: int) -> Slots:
-        """For how many more tokens each of `slots` wants room, to take `k` steps."""
-        want = np.minimum(self.planned[slots] + k, self.end[slots])
-        return np.maximum(want - self.room[slots], 0)
+    def missing_room(self, slots: Slots, k: int) -> tuple[list[int], list[int]]:
+        """Which of `slots` (indices into it) want more room for `k` steps, and for how many tokens.
+
+        Each of them has a step left to take.
+        """
+        want = self.planned[slots] + k
+        if k > 1:
+            want = np.minimum(want, self.end[slots])
+        missing = want - self.room[slots]
+        short = (missing > 0).nonzero()[0]
+        return short.tolist(), missing[short].tolist()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Decoding rows in order of rank.
 
-    ids: of the requests. logprobs: how many alternatives each wants; None for no logprobs.
+    slots: twice, as each is at hand faster than it can be made. ids: of the requests. logprobs:
+    how many alternatives each wants; None for no logprobs.
     """
 
     requests: tuple[Request, ...] = ()
     slots: Slots = field(default_factory=lambda: np.zeros(0, np.int64))
+    slot_tuple: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
     logprobs: tuple[int | None, ...] = ()
 
@@ -98,6 +107,7 @@ class Batch:
         return Batch(
             tuple(compress(self.requests, some)),
             self.slots[rows],
+            tuple(compress(self.slot_tuple, some)),
             tuple(compress(self.ids, some)),
             tuple(compress(self.logprobs, some)),
         )
@@ -153,6 +163,7 @@ class Line:
             self._batch = Batch(
                 tuple(self._requests),
                 np.array(self._slots, np.int64),
+                tuple(self._slots),
                 tuple(self._ids),
                 tuple(self._logprobs),
             )

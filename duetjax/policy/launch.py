@@ -5,10 +5,13 @@ executor keeps each slot's token, position, sampling parameters, limit and page 
 compare with ==, so one trace gives the same launches in two processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag, StrEnum
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.config import SamplingParams
 
@@ -63,7 +66,8 @@ class Launch:
     slots [R]: the slot of each row.
     starts, counts [R]: prefill only: first position and number of the tokens computed for a row;
         a count of 0 is a decoding row, whose one token and position are its slot's.
-    tokens [sum(counts)]: prefill only: the chunks' token ids, packed in row order.
+    packed [sum(counts)]: prefill only: the chunks' token ids in row order, as int32 in bytes;
+        `tokens` unpacks them, `pack` makes them.
     samples [R]: prefill only: the row's last token ends its prompt, so the token sampled after it
         becomes the slot's token; True for decoding rows. Other rows' samples are thrown away.
     admitted: slots whose owner is new.
@@ -89,7 +93,7 @@ class Launch:
     k: int = 1
     starts: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = ()
+    packed: bytes = b""
     samples: tuple[bool, ...] = ()
     admitted: tuple[SlotParams, ...] = ()
     pages: tuple[tuple[int, int, int], ...] = ()
@@ -97,6 +101,16 @@ class Launch:
     handovers: tuple[tuple[int, Ticket], ...] = ()
     wants_top: bool = False
     predicted_ms: float | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The chunks' token ids."""
+        return tuple(np.frombuffer(self.packed, np.int32).tolist())
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    """Token ids as `Launch.packed` has them."""
+    return np.array(tokens, np.int32).tobytes()
 
 
 class RowFlag(IntFlag):
@@ -114,19 +128,38 @@ class RowFlag(IntFlag):
     NON_FINITE = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
-    """One step of a launch, by row [R].
+    """One step of a launch, by row [R], as numpy columns; anything that makes some may be given.
 
-    flags: `RowFlag` bits. logprobs: of the sampled tokens, natural logarithm, by the model alone
-    (before penalties, temperature and filters). top: the 20 most likely tokens as (id, logprob),
-    most likely first (fewer where the vocabulary is smaller); empty unless the launch wants them.
+    tokens: int32. flags: uint8, `RowFlag` bits. logprobs: float32, of the sampled tokens, natural
+    logarithm, by the model alone (before penalties, temperature and filters). top: the 20 most
+    likely tokens as (id, logprob), most likely first (fewer where the vocabulary is smaller);
+    empty unless the launch wants them.
     """
 
-    tokens: tuple[int, ...]
-    flags: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    tokens: NDArray[np.int32]
+    flags: NDArray[np.uint8]
+    logprobs: NDArray[np.float32]
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("tokens", np.int32), ("flags", np.uint8), ("logprobs", np.float32)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StepResult):
+            return NotImplemented
+        return self.top == other.top and all(
+            np.array_equal(mine, theirs)
+            for mine, theirs in (
+                (self.tokens, other.tokens),
+                (self.flags, other.flags),
+                (self.logprobs, other.logprobs),
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from duetjax.policy.roster import Roster, slot_of
 _TAKEN = int(RowFlag.SAMPLED)
 _BAD = int(RowFlag.NON_FINITE)
 _STOPPED = int(RowFlag.STOPPED)
+_ENDS = _BAD | _STOPPED
 
 
 @dataclass(slots=True)
@@ -58,40 +59,38 @@ class Results:
         return out.done()
 
     def _take_batch(self, batch: Batch, result: StepResult, out: _Outputs) -> None:
-        columns, slots = self._roster.columns, batch.slots
-        flags = np.frombuffer(bytes(result.flags[: len(batch)]), np.uint8)
+        columns, slots, flags = self._roster.columns, batch.slots, result.flags[: len(batch)]
         takes = columns.takes[slots]
         sampled = takes & ((flags & _TAKEN) != 0)
         computed = columns.computed[slots] + sampled
         columns.computed[slots] = computed
-        ended = (computed >= columns.end[slots]) | ((flags & _STOPPED) != 0)
-        ended = (sampled & ended) | (takes & ((flags & _BAD) != 0))
         self._append(batch, sampled, result, out)
-        for row in ended.nonzero()[0].tolist():
-            self._end(batch.requests[row], result.flags[row], out)
+        ended = (computed >= columns.end[slots]) | ((flags & _ENDS) != 0)
+        for row in (takes & ended).nonzero()[0].tolist():
+            self._end(batch.requests[row], int(flags[row]), out)
 
     def _append(
         self, batch: Batch, sampled: NDArray[np.bool_], result: StepResult, out: _Outputs
     ) -> None:
         """The sampled tokens, and their logprobs."""
         if batch.is_scored or self._roster.limits.deterministic:
-            for row in np.flatnonzero(sampled).tolist():
+            for row in sampled.nonzero()[0].tolist():
                 self._sampled(batch.requests[row], row, result, out)
             return
         ids, tokens, slots = batch.ids, result.tokens[: len(batch)], batch.slots
-        if not sampled.all():
-            some = sampled.tolist()
-            ids, tokens = tuple(compress(ids, some)), tuple(compress(tokens, some))
+        if np.count_nonzero(sampled) < len(batch):
+            ids, tokens = tuple(compress(ids, sampled.tolist())), tokens[sampled]
             slots = slots[sampled]
-        self._roster.columns.append(slots, np.array(tokens, np.int32))
+        self._roster.columns.append(slots, tokens)
         out.ids += ids
-        out.tokens += tokens
+        out.tokens += tokens.tolist()
 
     def _sampled(self, request: Request, row: int, result: StepResult, out: _Outputs) -> None:
         """One row's token; not handed on where it has been before."""
         slot = slot_of(request)
         length = int(self._roster.columns.length[slot])
-        self._roster.columns.tokens[slot, length] = result.tokens[row]
+        token = int(result.tokens[row])
+        self._roster.columns.tokens[slot, length] = token
         self._roster.columns.length[slot] = length + 1
         if request.num_muted:
             request.num_muted -= 1
@@ -101,12 +100,12 @@ class Results:
         if length == len(request.new.prompt) and request.num_cached:
             out.cached.append((len(out.ids), request.num_cached))
         out.ids.append(request.new.id)
-        out.tokens.append(result.tokens[row])
+        out.tokens.append(token)
 
     def _take_chunk(
         self, launch: Launch, chunk: Chunk, row: int, result: StepResult, out: _Outputs
     ) -> None:
-        roster, request, flags = self._roster, chunk.request, result.flags[row]
+        roster, request, flags = self._roster, chunk.request, int(result.flags[row])
         if request.phase is Phase.ENDED:
             return
         if flags & _BAD:
@@ -142,4 +141,4 @@ class Results:
 
 def _logprob(request: Request, row: int, result: StepResult) -> TokenLogprob:
     wanted = request.new.sampling.logprobs
-    return TokenLogprob(result.logprobs[row], result.top[row][:wanted] if wanted else ())
+    return TokenLogprob(float(result.logprobs[row]), result.top[row][:wanted] if wanted else ())

@@ -5,7 +5,7 @@ others need its pages. Whoever leaves while launches in flight name its slot giv
 back when the last of them has completed.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container
 from heapq import heappop, heappush
 from typing import Any
 
@@ -31,15 +31,14 @@ class Deltas:
         for column in (self.admitted, self.pages, self.limits, self.handovers):
             column.pop(slot, None)
 
-    def take(self, slots: Iterable[int]) -> dict[str, Any]:
-        """The `Launch` fields that tell the device about `slots`; told once."""
+    def take(self, is_named: Callable[[int], bool]) -> dict[str, Any]:
+        """The `Launch` fields that tell the device about the launch's slots; told once."""
         if not (self.admitted or self.pages or self.limits or self.handovers):
             return {}
-        named = set(slots)  # asked for membership only
-        admitted = [slot for slot in self.admitted if slot in named]
-        pages = [slot for slot in self.pages if slot in named]
-        limits = [slot for slot in self.limits if slot in named]
-        handovers = [slot for slot in self.handovers if slot in named]
+        admitted = [slot for slot in self.admitted if is_named(slot)]
+        pages = [slot for slot in self.pages if is_named(slot)]
+        limits = [slot for slot in self.limits if is_named(slot)]
+        handovers = [slot for slot in self.handovers if is_named(slot)]
         return {
             "admitted": tuple(_slot_params(self.admitted.pop(slot)) for slot in admitted),
             "pages": tuple(entry for slot in pages for entry in self.pages.pop(slot)),
@@ -168,14 +167,11 @@ class Roster:
         are none and `may_preempt`, the last in rank gives up its own.
         """
         batch = self.decoding.batch()
-        missing = self.columns.missing_room(batch.slots, k)
-        rows = missing.nonzero()[0]
-        if not rows.size:
-            return 0
-        wanted = -(-missing[rows] // self.limits.page_size)
-        taken = self.pool.take(int(wanted.sum()))
+        rows, missing = self.columns.missing_room(batch.slots, k)
+        wanted = [-(-tokens // self.limits.page_size) for tokens in missing]
+        taken = self.pool.take(sum(wanted))
         starved = 0
-        for row, count in zip(rows.tolist(), wanted.tolist(), strict=True):
+        for row, count in zip(rows, wanted, strict=True):
             request = batch.requests[row]
             if taken is not None:
                 self._extend(request, taken[:count])

@@ -296,11 +296,14 @@ class Scheduler:
         """Puts a launch in flight; with chunks it is one of the prefill program."""
         ticket = next(self._tickets)
         columns, fed = self._roster.columns, [slot_of(chunk.request) for chunk in chunks]
-        slots = (*batch.slots.tolist(), *fed)
+        slots = batch.slot_tuple + tuple(fed)
         num_tokens = len(batch) + sum(chunk.count for chunk in chunks)
         program = Program.PREFILL if chunks else Program.DECODE
         buckets = self.limits.prefill_buckets if chunks else self.limits.decode_buckets
         bucket = next(size for size in buckets if size >= num_tokens)
+        columns.ticket[batch.slots] = ticket
+        if chunks:
+            columns.ticket[fed] = ticket
         wants_top = batch.wants_top or any(c.ends and c.request.wants_top for c in chunks)
         launch = Launch(
             ticket=ticket,
@@ -313,11 +316,8 @@ class Scheduler:
             wants_top=wants_top,
             predicted_ms=self._predicted_ms(split, program, bucket, k),
             **_prefill_columns(batch, chunks, columns),
-            **self._roster.deltas.take(slots),
+            **self._roster.deltas.take(lambda slot: bool(columns.ticket[slot] == ticket)),
         )
-        columns.ticket[batch.slots] = ticket
-        if chunks:
-            columns.ticket[fed] = ticket
         self._flights[ticket] = _Flight(launch, batch, chunks)
         self._lanes.depth[lane] += 1
         return launch
@@ -352,13 +352,13 @@ def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...], columns: Columns) 
     """What a launch of the prefill program has beside its slots: decoding rows, then chunks."""
     if not chunks:
         return {}
-    rows, tokens = len(batch), []
+    rows, packed = len(batch), []
     for chunk in chunks:
         known = columns.tokens[slot_of(chunk.request)]
-        tokens += known[chunk.start : chunk.start + chunk.count].tolist()
+        packed.append(known[chunk.start : chunk.start + chunk.count].tobytes())
     return {
         "starts": (0,) * rows + tuple([chunk.start for chunk in chunks]),
         "counts": (0,) * rows + tuple([chunk.count for chunk in chunks]),
-        "tokens": tuple(tokens),
+        "packed": b"".join(packed),
         "samples": (True,) * rows + tuple([chunk.ends for chunk in chunks]),
     }

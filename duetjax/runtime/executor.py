@@ -69,9 +69,9 @@ class JaxDevice:
         rows = np.asarray(blocks[step].rows)[:num_rows]
         top = np.asarray(blocks[step].top)[:num_rows] if launch.wants_top else None
         return StepResult(
-            tokens=tuple(rows[:, 0].tolist()),
-            flags=tuple(rows[:, 1].tolist()),
-            logprobs=tuple(_floats(rows[:, 2]).tolist()),
+            tokens=rows[:, 0],
+            flags=rows[:, 1],
+            logprobs=_floats(rows[:, 2]),
             top=() if top is None else tuple(_pairs(row) for row in top),
         )
 
@@ -88,8 +88,9 @@ class JaxDevice:
         rows = self._buckets.rows_of(launch.bucket)
         tokens = np.zeros(launch.bucket, np.int32)
         offsets, fed = [0], 0
+        chunks = np.frombuffer(launch.packed, np.int32)
         for count in launch.counts:
-            tokens[offsets[-1] : offsets[-1] + count] = launch.tokens[fed : fed + count]
+            tokens[offsets[-1] : offsets[-1] + count] = chunks[fed : fed + count]
             fed += count
             offsets.append(offsets[-1] + max(count, 1))
         kinds = [

@@ -17,7 +17,9 @@ from duetjax.policy.profiles import Cost, ModelProfile
 from duetjax.runtime.programs import Key, Programs
 
 FLOPS_TOLERANCE = 0.05
-"""Beyond it some product is missing from the count: a library call counts nothing."""
+"""Below it some product is missing from the count: a library call counts nothing."""
+SAMPLING_FLOPS = 256
+"""Above it and this for each logit, something is counted that should not: attention, for one."""
 _COUNT_PASSES = 5  # a row's counts, twice; a row's counts at its token; in and out of the scatter
 _MASK_PASSES = 4  # both masks, for all logits and for the biased and stop ids
 _LOGIT_PASSES = 8  # six gathers of a few thousand logits a row; in and out of the biases' scatter

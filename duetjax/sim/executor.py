@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from duetjax.policy.durations import DurationTable
 from duetjax.policy.launch import (
     Deliver,
@@ -171,9 +173,9 @@ class _Slots:
                 for slot, start, count, samples in zip(*columns, strict=True)
             ]
         return StepResult(
-            tokens=tuple([token for token, _ in rows]),
-            flags=tuple([flags for _, flags in rows]),
-            logprobs=(0.0,) * len(rows),
+            tokens=np.array([token for token, _ in rows], np.int32),
+            flags=np.array([flags for _, flags in rows], np.uint8),
+            logprobs=np.zeros(len(rows), np.float32),
             top=((),) * len(rows) if launch.wants_top else (),
         )
 

@@ -20,7 +20,7 @@ from duetjax.config import ModelConfig, SamplingParams
 from duetjax.model.decoder import Definition, causal_attention
 from duetjax.model.kv_pages import KVLayout
 from duetjax.model.sampling import sample
-from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams
+from duetjax.policy.launch import Launch, Program, RowFlag, SlotParams, pack
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import JaxDevice
 from duetjax.runtime.programs import Buckets, Programs
@@ -241,7 +241,7 @@ class Machine:
             tuple(row.slot for row in rows),
             starts=tuple(starts),
             counts=tuple(counts),
-            tokens=tuple(tokens),
+            packed=pack(tokens),
             samples=tuple(samples),
             **deltas,
         )
@@ -302,7 +302,7 @@ def admit(slot, prompt, *, limit, first_page, **sampling):
         (slot,),
         starts=(0,),
         counts=(len(prompt),),
-        tokens=tuple(prompt),
+        packed=pack(prompt),
         samples=(True,),
         admitted=(SlotParams(slot, params, (), len(prompt)),),
         pages=tuple((slot, i, first_page + i) for i in range(WIDTH)),
@@ -351,7 +351,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone_and_its_pages_serve_the_ne
     _, wanted = play(executor(poisoned()), healthy)
     device = executor(poisoned())
     result, steps = play(device, sick)
-    assert result.flags == (RowFlag.NON_FINITE,)
+    assert result.flags.tolist() == [RowFlag.NON_FINITE]
     assert [step.tokens[0] for step in steps] == [step.tokens[0] for step in wanted]
     assert [step.logprobs[0] for step in steps] == [step.logprobs[0] for step in wanted]
     assert [step.flags[1] for step in steps] == [0, 0, 0]
@@ -364,7 +364,7 @@ def test_a_chunk_that_is_not_finite_is_flagged_before_its_prompt_ends():
     device = executor(poisoned())
     launch = admit(0, [3, 7, 5], limit=60, first_page=1)
     result = device.result(device.submit(replace(launch, samples=(False,))))
-    assert result.flags == (RowFlag.NON_FINITE,)
+    assert result.flags.tolist() == [RowFlag.NON_FINITE]
 
 
 def test_parameters_keep_their_values_on_the_way_to_the_device():

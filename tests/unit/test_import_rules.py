@@ -50,7 +50,13 @@ RULES = {
         ),
     ),
     "duetjax.runtime": Rule(
-        ours=("duetjax.config", "duetjax.model", "duetjax.checkpoint", "duetjax.policy.launch"),
+        ours=(
+            "duetjax.config",
+            "duetjax.model",
+            "duetjax.checkpoint",
+            "duetjax.policy.launch",
+            "duetjax.policy.profiles",
+        ),
         theirs=("jax", "numpy"),
     ),
     "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy")),

@@ -5,7 +5,15 @@ from fake_executor import expected
 from scheduler_run import Run, limits, request
 
 from duetjax.config import InvalidRequest, SamplingParams
-from duetjax.policy.launch import FinishedStep, Launch, Program, RowFlag, SlotParams, StepResult
+from duetjax.policy.launch import (
+    FinishedStep,
+    Launch,
+    Program,
+    RowFlag,
+    SlotParams,
+    StepResult,
+    pack,
+)
 from duetjax.policy.policies import PrefillFirst
 from duetjax.policy.request import FinishReason, RequestOutput, TokenLogprob
 from duetjax.policy.scheduler import Scheduler
@@ -29,7 +37,7 @@ def test_a_first_launch_carries_parameters_and_all_pages():
         slots=(0,),
         starts=(0,),
         counts=(6,),
-        tokens=request("a", 6).prompt,
+        packed=pack(request("a", 6).prompt),
         samples=(True,),
         admitted=(SlotParams(0, SamplingParams(temperature=0.5, seed=7), num_prompt=6),),
         pages=((0, 0, 1), (0, 1, 2)),

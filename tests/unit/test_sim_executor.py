@@ -10,7 +10,7 @@ import pytest
 from duetjax.config import SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.policy.durations import DurationTable
-from duetjax.policy.launch import Lane, Launch, Program, RowFlag, SlotParams, Split
+from duetjax.policy.launch import Lane, Launch, Program, RowFlag, SlotParams, Split, pack
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.policies import Aggregated, PrefillFirst, StaticSplit
 from duetjax.policy.request import FinishReason, NewRequest
@@ -47,11 +47,15 @@ def prompt(ticket, lane=Lane.WHOLE, *, slot=0, size=3, params=None, limit=100):
         None if lane is Lane.WHOLE else SPLIT,
         starts=(0,),
         counts=(size,),
-        tokens=(9,) * size,
+        packed=pack((9,) * size),
         samples=(True,),
         admitted=(params or SlotParams(slot, GREEDY, num_prompt=size),),
         limits=((slot, limit),),
     )
+
+
+def columns_of(result):
+    return tuple(result.tokens.tolist()), tuple(result.flags.tolist())
 
 
 def decode(ticket, lane=Lane.WHOLE, *, slots=(0,), k=1, limits=()):
@@ -73,7 +77,7 @@ def rows_of(executor, *launches):
         executor.submit(launch)
     steps = []
     while finished := executor.advance():
-        steps += [(step.result.tokens, step.result.flags) for step in finished]
+        steps += [columns_of(step.result) for step in finished]
     return steps
 
 
@@ -174,7 +178,7 @@ def test_chunks_sample_only_where_they_end_a_prompt_and_beside_decoding_rows():
         (0, 1, 2),
         starts=(0, 0, 4),
         counts=(0, 2, 1),
-        tokens=(9,) * 3,
+        packed=pack((9,) * 3),
         samples=(True, False, True),
         admitted=(SlotParams(1, GREEDY, num_prompt=9), SlotParams(2, GREEDY, num_prompt=5)),
         limits=((1, 20), (2, 20)),
