@@ -90,6 +90,7 @@ class Batch:
     slot_tuple: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
     logprobs: tuple[int | None, ...] = ()
+    slos: tuple[float, ...] = ()
 
     @property
     def is_scored(self) -> bool:
@@ -110,6 +111,7 @@ class Batch:
             tuple(compress(self.slot_tuple, some)),
             tuple(compress(self.ids, some)),
             tuple(compress(self.logprobs, some)),
+            self.slos,
         )
 
     def __len__(self) -> int:
@@ -125,6 +127,7 @@ class Line:
         self._slots: list[int] = []
         self._ids: list[str] = []
         self._logprobs: list[int | None] = []
+        self._slos: list[float] = []
         self._batch: Batch | None = Batch()
 
     def __len__(self) -> int:
@@ -147,6 +150,8 @@ class Line:
         self._slots.insert(at, request.slot)
         self._ids.insert(at, request.new.id)
         self._logprobs.insert(at, request.new.sampling.logprobs)
+        if request.new.tbt_slo_ms is not None:
+            self._slos.append(request.new.tbt_slo_ms)
         self._batch = None
 
     def remove(self, request: Request) -> None:
@@ -155,6 +160,8 @@ class Line:
         assert self._requests[at] is request, f"{request.new.id!r} is not in line"
         for column in (self._ranks, self._requests, self._slots, self._ids, self._logprobs):
             del column[at]
+        if request.new.tbt_slo_ms is not None:
+            self._slos.remove(request.new.tbt_slo_ms)
         self._batch = None
 
     def batch(self) -> Batch:
@@ -166,6 +173,7 @@ class Line:
                 tuple(self._slots),
                 tuple(self._ids),
                 tuple(self._logprobs),
+                tuple(self._slos),
             )
         return self._batch
 

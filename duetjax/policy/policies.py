@@ -1,17 +1,41 @@
 """What sets policies apart: from a few numbers, how the next launch shares the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.policy.launch import Split
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Details:
+    """What a policy that looks ahead has to know.
+
+    contexts: of the decoding rows, tokens in KV. prompts: (start, left) of the admitted prompts, in
+    order. tbt_slo_ms: tightest objective of what decodes. max_k: decode steps that the row with
+    most left may take, and that KV pages allow. split: of the episode in progress.
+    """
+
+    contexts: NDArray[np.int64]
+    prompts: tuple[tuple[int, int], ...]
+    tbt_slo_ms: float
+    max_k: int
+    split: Split | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Load:
-    """What could run now: decoding rows, and tokens of admitted prompts not computed yet."""
+    """What could run now: decoding rows, and tokens of admitted prompts not computed yet.
+
+    look: the details, found out when asked for.
+    """
 
     rows: int
     prompt_tokens: int
+    look: Callable[[], Details]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +66,7 @@ type Decision = Aggregate | Duet
 
 
 class Policy(Protocol):
-    """Decides whenever a launch can be planned; a pure function of what it is given."""
+    """Decides whenever a launch can be planned, from what it is given and decided before."""
 
     def decide(self, load: Load) -> Decision:
         """How to run `load`; one of its numbers is positive."""

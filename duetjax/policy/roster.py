@@ -85,6 +85,12 @@ class Roster:
         """Tokens of admitted prompts that no launch has taken yet."""
         return sum(self.num_unplanned(request) for request in self.prefilling)
 
+    def unplanned(self, request: Request) -> tuple[int, int]:
+        """What no launch has taken yet of a prefilling request: its first token, and how many."""
+        slot = slot_of(request)
+        start = int(self.columns.planned[slot])
+        return start, int(self.columns.length[slot]) - start
+
     def num_unplanned(self, request: Request) -> int:
         """Known tokens of a prefilling request that no launch has taken yet."""
         slot = slot_of(request)

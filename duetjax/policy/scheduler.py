@@ -9,13 +9,14 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.config import InvalidRequest
 from duetjax.policy.columns import Batch, Chunk, Columns
-from duetjax.policy.durations import DurationTable
+from duetjax.policy.durations import Durations, Step
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split, Ticket
 from duetjax.policy.limits import SchedulerLimits
-from duetjax.policy.policies import Aggregate, Aggregated, Duet, Load, Policy
+from duetjax.policy.policies import Aggregate, Aggregated, Details, Duet, Load, Policy
 from duetjax.policy.queue import rank
 from duetjax.policy.request import NewRequest, Request, StepOutputs
 from duetjax.policy.results import Results
@@ -26,13 +27,13 @@ _NOBODY = Batch()
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long launches may take. durations: of each program; None where nobody knows.
+    """How long launches may take. durations: who foretells steps; None where nobody does.
 
     tbt_slo_ms: objective for the time between tokens of requests that bring none.
     max_prefill_launch_ms: beside decode; None is 4 x the tightest objective of what decodes.
     """
 
-    durations: DurationTable | None = None
+    durations: Durations | None = None
     tbt_slo_ms: float = 50.0
     max_prefill_launch_ms: float | None = None
 
@@ -71,19 +72,25 @@ class Stats:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A launch that has not completed: its rows are those of `batch`, then one per chunk."""
+    """A launch that has not completed: its rows are those of `batch`, then one per chunk.
+
+    step: what it was foretold by. began: when it was planned.
+    """
 
     launch: Launch
     batch: Batch
     chunks: tuple[Chunk, ...]
+    step: Step | None
+    began: float
     next_step: int = 0
 
 
 @dataclass(slots=True)
 class _Lanes:
-    """Launches in flight per lane, and the split of those that share the device."""
+    """Launches in flight per lane, when each last ended one, and the episode if there is one."""
 
     depth: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
+    ended: dict[Lane, float] = field(default_factory=lambda: dict.fromkeys(Lane, 0.0))
     episode: Duet | None = None
 
     @property
@@ -120,7 +127,7 @@ class Scheduler:
         self._tickets, self._sequence = count(), count()
         self._prefilled_last = False
         self._steps = 0
-        self._busy_since = self._busy_seconds = 0.0
+        self._now = self._busy_since = self._busy_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -185,6 +192,7 @@ class Scheduler:
 
     def plan(self, now: float) -> tuple[Launch, ...]:
         """All launches that lanes can take now, in the order in which to submit them."""
+        self._now = now
         if not self._flights:
             self._busy_since = now
         launches = []
@@ -201,7 +209,7 @@ class Scheduler:
         roster.admit(self.limits.max_num_batched_tokens)
         rows = len(roster.decoding) - starved
         rows = max(rows, int(lanes.depth[Lane.DECODE] > 0))  # their last steps are still running
-        load = Load(rows, roster.prompt_tokens)
+        load = Load(rows, roster.prompt_tokens, self._details)
         if not (load.rows or load.prompt_tokens):
             return None
         decision = self._policy.decide(load)
@@ -217,6 +225,8 @@ class Scheduler:
 
     def _plan_whole(self, decision: Aggregate, load: Load) -> Launch | None:
         prefills = load.prompt_tokens > 0
+        if decision.decodes and decision.budget <= load.rows:
+            prefills = False
         if self.limits.deterministic:
             prefills = prefills and not (self._prefilled_last and load.rows)
             self._prefilled_last = prefills
@@ -248,6 +258,25 @@ class Scheduler:
             return self._launch(Lane.PREFILL, split, _NOBODY, chunks=chunks)
         return None
 
+    def _details(self) -> Details:
+        roster, lanes = self._roster, self._lanes
+        slots = roster.decoding.batch().slots
+        left = roster.columns.end[slots] - roster.columns.planned[slots]
+        free = roster.pool.num_available * self.limits.page_size // max(1, len(slots))
+        episode = lanes.episode if lanes.are_split else None
+        return Details(
+            contexts=roster.columns.planned[slots],
+            prompts=tuple(roster.unplanned(request) for request in roster.prefilling),
+            tbt_slo_ms=self._tightest_slo_ms(),
+            max_k=min(int(left.max(initial=1)), free + 1),
+            split=None if episode is None else episode.split,
+        )
+
+    def _tightest_slo_ms(self) -> float:
+        """Of what decodes."""
+        own, rows = self._roster.decoding.batch().slos, len(self._roster.decoding)
+        return min(own) if rows and len(own) == rows else min((*own, self._pace.tbt_slo_ms))
+
     def _longest_prefill(self, duet: Duet) -> int:
         """Tokens that a prefill launch beside decode may take: a bucket of those short enough."""
         buckets, pace = self.limits.prefill_buckets, self._pace
@@ -255,12 +284,15 @@ class Scheduler:
             return buckets[-1]
         longest_ms = pace.max_prefill_launch_ms
         if longest_ms is None:
-            requests = self._roster.decoding
-            slos = [request.new.tbt_slo_ms or pace.tbt_slo_ms for request in requests]
-            longest_ms = 4 * min(slos, default=pace.tbt_slo_ms)
-        split, of = duet.split, pace.durations.of
-        fitting = [size for size in buckets if of(split, Program.PREFILL, size) <= longest_ms]
-        return fitting[-1] if fitting else buckets[0]
+            longest_ms = 4 * self._tightest_slo_ms()
+        start = np.array([self._roster.unplanned(next(iter(self._roster.prefilling)))[0]])
+        fitting = buckets[0]
+        for size in buckets[1:]:
+            step = Step(Lane.PREFILL, duet.split, Program.PREFILL, size, size, start)
+            if pace.durations.step_ms(step) > longest_ms:
+                break
+            fitting = size
+        return fitting
 
     def _decoding(self, k: int) -> tuple[Batch, int]:
         if k > 1:
@@ -305,6 +337,10 @@ class Scheduler:
         if chunks:
             columns.ticket[fed] = ticket
         wants_top = batch.wants_top or any(c.ends and c.request.wants_top for c in chunks)
+        durations = self._pace.durations
+        step = None
+        if durations is not None:
+            step = Step(lane, split, program, bucket, *self._tokens(batch, chunks, k))
         launch = Launch(
             ticket=ticket,
             program=program,
@@ -314,19 +350,23 @@ class Scheduler:
             split=split,
             k=k,
             wants_top=wants_top,
-            predicted_ms=self._predicted_ms(split, program, bucket, k),
+            predicted_ms=None if durations is None or step is None else k * durations.step_ms(step),
             **_prefill_columns(batch, chunks, columns),
             **self._roster.deltas.take(lambda slot: bool(columns.ticket[slot] == ticket)),
         )
-        self._flights[ticket] = _Flight(launch, batch, chunks)
+        self._flights[ticket] = _Flight(launch, batch, chunks, step, self._now)
         self._lanes.depth[lane] += 1
         return launch
 
-    def _predicted_ms(
-        self, split: Split | None, program: Program, bucket: int, k: int
-    ) -> float | None:
-        durations = self._pace.durations
-        return None if durations is None else k * durations.of(split, program, bucket)
+    def _tokens(
+        self, batch: Batch, chunks: tuple[Chunk, ...], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens that each row of a launch computes in a step, and has in KV before the first."""
+        contexts = self._roster.columns.planned[batch.slots] - k
+        new = [1] * len(batch) + [chunk.count for chunk in chunks]
+        starts = np.array([chunk.start for chunk in chunks], np.int64)
+        cached = np.maximum(np.concatenate((contexts, starts)), 0)
+        return np.array(new, np.int64), cached
 
     # Committing.
 
@@ -343,9 +383,19 @@ class Scheduler:
             del self._flights[ticket]
             self._lanes.depth[flight.launch.lane] -= 1
             self._roster.complete(ticket)
+            self._learn(flight, now)
         if not self._flights:
             self._busy_seconds += now - self._busy_since
         return outputs
+
+    def _learn(self, flight: _Flight, now: float) -> None:
+        """Tells who foretold a launch how long it took, once the lane was free for it."""
+        lane = flight.launch.lane
+        began = max(flight.began, self._lanes.ended[lane])
+        self._lanes.ended[lane] = now
+        if flight.step is not None and self._pace.durations is not None:
+            measured_ms = 1e3 * (now - began) / flight.launch.k
+            self._pace.durations.observe(flight.step, measured_ms)
 
 
 def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...], columns: Columns) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Facts about public models (models/*.json), in the form of their config.json.
+"""Facts about public models and GPUs, each with its source. A preset has no weights.
 
-Each file's `_source` says where its numbers are from. A preset has no weights.
+models/: in the form of their config.json. gpus/: what XLA asks of a GPU that is not there. profiles/:
+what a model's programs cost, from compiling them. hardware/: what a GPU reaches on parts of it.
 """

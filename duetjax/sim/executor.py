@@ -1,4 +1,4 @@
-"""A device that computes nothing: each launch takes the time that a table says, and is answered.
+"""A device that computes nothing: each launch takes the time that somebody foretells.
 
 Knows lanes, slots' positions and limits, and nothing of KV: whether pages are right is for the
 tests' fake device to find out.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duetjax.policy.durations import DurationTable
+from duetjax.policy.durations import Durations, Step
 from duetjax.policy.launch import (
     Deliver,
     FinishedStep,
@@ -41,11 +41,11 @@ def _token_zero(params: SlotParams, position: int) -> int:
 
 
 class SimulatedExecutor:
-    """Implements `policy.launch.Executor` with durations from a table.
+    """Implements `policy.launch.Executor` with given durations.
 
     A launch begins when it is submitted or when the one before it on its lane ends, whichever is
     later; its i-th step ends i + 1 step durations later. Lanes do not slow each other down beyond
-    what the table says of their split. Steps are handed out by time, then ticket, then step.
+    what the durations say of their split. Steps are handed out by time, then ticket, then step.
 
     On a real clock `start` it, and a thread delivers each step when its time has come. On a virtual
     clock nobody waits: leave `start` alone and call `advance` from the thread that submits.
@@ -53,12 +53,11 @@ class SimulatedExecutor:
     Logprobs are 0.0, alternatives none. Of the rows only positions, limits and stop ids are real.
     """
 
-    def __init__(
-        self, durations: DurationTable, clock: Clock, sampler: Sampler = _token_zero
-    ) -> None:
+    def __init__(self, durations: Durations, clock: Clock, sampler: Sampler = _token_zero) -> None:
         self._durations = durations
         self._clock = clock
         self._slots = _Slots(sampler)  # touched by whoever calls `advance` alone
+        self._fed = _Fed()  # touched by whoever calls `submit` alone
         self._thread: threading.Thread | None = None
         # _changed guards what follows.
         self._changed = threading.Condition()
@@ -77,8 +76,8 @@ class SimulatedExecutor:
         self._thread.start()
 
     def submit(self, launch: Launch) -> None:
-        """Puts a launch on its lane; KeyError if the table does not know its program."""
-        step_seconds = self._durations.of(launch.split, launch.program, launch.bucket) / 1e3
+        """Puts a launch on its lane."""
+        step_seconds = self._durations.step_ms(self._fed.step(launch)) / 1e3
         with self._changed:
             assert not self._is_closing, f"{launch} after close()"
             busy = {other.lane for other in self._launches.values()} - {launch.lane}
@@ -141,6 +140,29 @@ class SimulatedExecutor:
         with self._changed:
             self._changed.wait_for(lambda: self._ends or self._is_closing)
             return bool(self._ends)
+
+
+class _Fed:
+    """How far each slot will be once what has been submitted is done, if no row stops early."""
+
+    def __init__(self) -> None:
+        self._position: dict[int, int] = {}
+        self._limit: dict[int, int] = {}
+
+    def step(self, launch: Launch) -> Step:
+        """What the launch's first step computes; moves its slots on."""
+        self._limit.update(launch.limits)
+        counts = launch.counts or (0,) * len(launch.slots)
+        starts = launch.starts or counts
+        new, cached = [], []
+        for slot, start, count in zip(launch.slots, starts, counts, strict=True):
+            before = start if count else self._position[slot]
+            new.append(count or 1)
+            cached.append(before)
+            after = before + (count or launch.k)
+            self._position[slot] = after if count else min(after, self._limit[slot])
+        columns = np.array(new, np.int64), np.array(cached, np.int64)
+        return Step(launch.lane, launch.split, launch.program, launch.bucket, *columns)
 
 
 @dataclass(slots=True)

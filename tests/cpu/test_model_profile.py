@@ -116,9 +116,9 @@ def test_neither_pages_nor_slots_change_what_a_program_costs():
     few, raw = programs_of(num_pages=256, num_slots=64)
     many, raw_many = programs_of(num_pages=1024, num_slots=512)
     assert many.flops == pytest.approx(few.flops, rel=1e-3)
-    assert raw_many.bytes_accessed > 4 * raw.bytes_accessed  # XLA counts the slots' tables whole
-    tables = 2 * 8192 * 448  # what the slots more have in counts
-    assert abs(many.bytes - few.bytes) < 0.15 * tables
+    assert raw_many.bytes_accessed > 2 * raw.bytes_accessed  # XLA counts the slots' tables whole
+    more = raw_many.bytes_accessed - raw.bytes_accessed
+    assert abs(many.bytes - few.bytes) < 0.02 * more
 
 
 @pytest.mark.parametrize("factor", [0.0005, 0.9, 1.2], ids=str)

@@ -1,0 +1,183 @@
+"""The policies that look ahead: aggregated until a launch would break the objective, then a duet.
+
+DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimiser.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duetjax.policy.durations import Step
+from duetjax.policy.foresight import Foresight
+from duetjax.policy.launch import Lane, Program, Split
+from duetjax.policy.partition import Bounds, Candidates, Choice, Outcome, choose
+from duetjax.policy.policies import Aggregate, Decision, Details, Duet, Load
+
+type Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the programs and the operator allow.
+
+    budget: tokens of a launch. decode_buckets, prefill_buckets: ascending. max_k: most decode steps
+    in a launch. max_prefill_ms: longest prefill launch beside decode; None is 4 x the objective.
+    """
+
+    budget: int
+    decode_buckets: tuple[int, ...]
+    prefill_buckets: tuple[int, ...]
+    max_k: int = 16
+    max_prefill_ms: float | None = None
+
+    def bucket(self, program: Program, size: int) -> int:
+        """The program that takes `size` rows or tokens."""
+        decode = program is Program.DECODE
+        buckets = self.decode_buckets if decode else self.prefill_buckets
+        return next(bucket for bucket in buckets if bucket >= size)
+
+
+def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[Tokens, Tokens]:
+    """The next `tokens` of prompts, given as (start, left): tokens of each, and before each."""
+    new, cached = [], []
+    for start, left in prompts:
+        if tokens <= 0:
+            break
+        new.append(min(left, tokens))
+        cached.append(start)
+        tokens -= new[-1]
+    return np.array(new, np.int64), np.array(cached, np.int64)
+
+
+def mixed_ms(foresight: Foresight, sizes: Sizes, details: Details, budget: int) -> float:
+    """Milliseconds of one launch of all decoding rows and prompt chunks, `budget` tokens in all."""
+    rows = len(details.contexts)
+    new, cached = cut(details.prompts, budget - rows)
+    step = Step(
+        Lane.WHOLE,
+        None,
+        Program.PREFILL,
+        sizes.bucket(Program.PREFILL, rows + int(new.sum())),
+        np.concatenate((np.ones(rows, np.int64), new)),
+        np.concatenate((details.contexts, cached)),
+    )
+    return foresight.step_ms(step)
+
+
+class AggregatedSlo:
+    """Mixed batches under a budget that is foreseen to keep the objective: the best of one lane."""
+
+    def __init__(self, foresight: Foresight, sizes: Sizes) -> None:
+        self._foresight = foresight
+        self._sizes = sizes
+
+    def decide(self, load: Load) -> Decision:
+        """The largest bucket whose launch keeps the objective; the smallest, if none does."""
+        sizes = self._sizes
+        if not (load.rows and load.prompt_tokens):
+            return Aggregate(sizes.budget)
+        details = load.look()
+        rows = len(details.contexts)
+        budgets = [min(size, sizes.budget) for size in sizes.prefill_buckets if size > rows]
+        for budget in reversed(budgets[1:]):
+            if mixed_ms(self._foresight, sizes, details, budget) <= details.tbt_slo_ms:
+                return Aggregate(budget)
+        return Aggregate(budgets[0])
+
+
+class DuetPolicy:
+    """Mixed batches while they keep the objective, else the best split of the device.
+
+    Where predictions have proved wrong (`Foresight.is_trusted`) it is aggregated with half the
+    budget. outcomes: how often each was chosen, `Outcome`s and "aggregated", "distrusted".
+    """
+
+    def __init__(self, foresight: Foresight, sizes: Sizes) -> None:
+        self._foresight = foresight
+        self._sizes = sizes
+        self._previous: Split | None = None
+        self._owed = 0  # prompt tokens to run after decode ran alone
+        self.outcomes: Counter[str] = Counter()
+        self.last_choice: Choice | None = None
+
+    def decide(self, load: Load) -> Decision:
+        """The tightest running objective decides; `partition.choose` says what it may come to."""
+        sizes = self._sizes
+        if not (load.rows and load.prompt_tokens):
+            return Aggregate(sizes.budget)
+        if not self._foresight.is_trusted:
+            return self._count("distrusted", Aggregate(max(sizes.budget // 2, load.rows + 1)))
+        details = load.look()
+        if mixed_ms(self._foresight, sizes, details, sizes.budget) <= details.tbt_slo_ms:
+            return self._count("aggregated", Aggregate(sizes.budget))
+        if self._owed:
+            owed, self._owed = self._owed, 0
+            return Aggregate(owed, decodes=False)
+        choice = self.last_choice = self._choose(load, details)
+        return self._count(choice.outcome, self._decision(choice, load))
+
+    def _choose(self, load: Load, details: Details) -> Choice:
+        sizes, foresight = self._sizes, self._foresight
+        longest = sizes.max_prefill_ms
+        bounds = Bounds(
+            details.tbt_slo_ms,
+            max(1, min(sizes.max_k, details.max_k)),
+            4 * details.tbt_slo_ms if longest is None else longest,
+        )
+        rows, total = len(details.contexts), min(load.prompt_tokens, sizes.budget)
+        tokens = [size for size in sizes.prefill_buckets if size < total] + [total]
+        decode = sizes.bucket(Program.DECODE, rows)
+        contexts = details.contexts
+        decode_ms = foresight.on_splits(Lane.DECODE, Program.DECODE, decode, 1, contexts)
+        prefill_ms = np.stack([self._prefill_ms(details, size) for size in tokens], axis=1)
+        alone = Step(Lane.WHOLE, None, Program.DECODE, decode, 1, contexts)
+        candidates = Candidates(
+            rows, foresight.splits, decode_ms, tuple(tokens), prefill_ms, foresight.step_ms(alone)
+        )
+        if details.split is not None:
+            candidates = only(candidates, details.split)
+        return choose(candidates, bounds, self._previous)
+
+    def _prefill_ms(self, details: Details, tokens: int) -> NDArray[np.float64]:
+        bucket = self._sizes.bucket(Program.PREFILL, tokens)
+        new, cached = cut(details.prompts, tokens)
+        return self._foresight.on_splits(Lane.PREFILL, Program.PREFILL, bucket, new, cached)
+
+    def _decision(self, choice: Choice, load: Load) -> Decision:
+        if choice.split is not None:
+            self._previous = choice.split
+            return Duet(choice.split, choice.k, choice.prefill_tokens)
+        if choice.outcome is Outcome.DECODE_ALONE:
+            self._owed = choice.prefill_tokens
+            return Aggregate(load.rows, k=choice.k)
+        return Aggregate(max(self._sizes.budget // 2, load.rows + 1))
+
+    def _count(self, outcome: str, decision: Decision) -> Decision:
+        self.outcomes[outcome] += 1
+        return decision
+
+
+def only(candidates: Candidates, split: Split) -> Candidates:
+    """The candidates of one split: an episode's is fixed."""
+    at = candidates.splits.index(split)
+    return Candidates(
+        candidates.rows,
+        (split,),
+        candidates.decode_ms[at : at + 1],
+        candidates.prefill_tokens,
+        candidates.prefill_ms[at : at + 1],
+        candidates.whole_decode_ms,
+    )
+
+
+class Disaggregated:
+    """Prefill on one whole device and decode on another, always; for simulations of two of them."""
+
+    def __init__(self, budget: int, cores: int, k: int) -> None:
+        self._duet = Duet(Split(cores, cores), k, budget)
+
+    def decide(self, load: Load) -> Decision:
+        """Each side runs whenever it has something."""
+        return self._duet
