@@ -87,7 +87,7 @@ def test_a_slow_caller_gets_fewer_outputs_and_all_of_the_text(llm, engine):
             return await collect(outputs)
 
     outputs = run(slow())
-    assert len(outputs) == 1
+    assert len(outputs) <= 2  # the last one may come after the engine is idle
     assert len(outputs[0].outputs[0].token_ids) == 200
 
 
