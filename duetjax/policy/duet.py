@@ -3,7 +3,6 @@
 DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimiser.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,10 @@ from duetjax.policy.partition import Bounds, Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Duet, Load
 
 type Tokens = NDArray[np.int64]
+
+IN_FLIGHT = 2
+"""Launches of the decode lane that a row handed over waits for: together no longer than one step
+may take. The lane is planned again and again while prefill runs, so k need not span all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ class DuetPolicy:
     """Mixed batches while they keep the objective, else the best split of the device.
 
     Where predictions have proved wrong (`Foresight.is_trusted`) it is aggregated with half the
-    budget. outcomes: how often each was chosen, `Outcome`s and "aggregated", "distrusted".
+    budget. What it decides is counted by `Outcome`, "aggregated" or "distrusted". last_choice: what
+    the optimiser came to last, for those who ask why.
     """
 
     def __init__(self, foresight: Foresight, sizes: Sizes) -> None:
@@ -99,7 +103,6 @@ class DuetPolicy:
         self._sizes = sizes
         self._previous: Split | None = None
         self._owed = 0  # prompt tokens to run after decode ran alone
-        self.outcomes: Counter[str] = Counter()
         self.last_choice: Choice | None = None
 
     def decide(self, load: Load) -> Decision:
@@ -108,15 +111,15 @@ class DuetPolicy:
         if not (load.rows and load.prompt_tokens):
             return Aggregate(sizes.budget)
         if not self._foresight.is_trusted:
-            return self._count("distrusted", Aggregate(max(sizes.budget // 2, load.rows + 1)))
+            return self._halved(load, "distrusted")
         details = load.look()
         if mixed_ms(self._foresight, sizes, details, sizes.budget) <= details.tbt_slo_ms:
-            return self._count("aggregated", Aggregate(sizes.budget))
+            return Aggregate(sizes.budget)
         if self._owed:
             owed, self._owed = self._owed, 0
-            return Aggregate(owed, decodes=False)
-        choice = self.last_choice = self._choose(load, details)
-        return self._count(choice.outcome, self._decision(choice, load))
+            return Aggregate(owed, decodes=False, why=Outcome.DECODE_ALONE)
+        self.last_choice = self._choose(load, details)
+        return self._decision(self.last_choice, load)
 
     def _choose(self, load: Load, details: Details) -> Choice:
         sizes, foresight = self._sizes, self._foresight
@@ -148,15 +151,15 @@ class DuetPolicy:
     def _decision(self, choice: Choice, load: Load) -> Decision:
         if choice.split is not None:
             self._previous = choice.split
-            return Duet(choice.split, choice.k, choice.prefill_tokens)
+            k = max(1, min(choice.k, int(choice.tbt_slo_ms / (IN_FLIGHT * choice.decode_ms))))
+            return Duet(choice.split, k, choice.prefill_tokens, choice.outcome)
         if choice.outcome is Outcome.DECODE_ALONE:
             self._owed = choice.prefill_tokens
-            return Aggregate(load.rows, k=choice.k)
-        return Aggregate(max(self._sizes.budget // 2, load.rows + 1))
+            return Aggregate(load.rows, k=choice.k, why=choice.outcome)
+        return self._halved(load, choice.outcome)
 
-    def _count(self, outcome: str, decision: Decision) -> Decision:
-        self.outcomes[outcome] += 1
-        return decision
+    def _halved(self, load: Load, why: str) -> Decision:
+        return Aggregate(max(self._sizes.budget // 2, load.rows + 1), why=why)
 
 
 def only(candidates: Candidates, split: Split) -> Candidates:

@@ -26,7 +26,16 @@ class Step:
 
 
 class Durations(Protocol):
-    """Foretells steps, and may learn from how long launches took."""
+    """Foretells steps, and may learn from how long launches took.
+
+    median_error: of late, |foretold - measured| / measured. is_trusted: whether that is small.
+    """
+
+    @property
+    def median_error(self) -> float: ...  # noqa: D102
+
+    @property
+    def is_trusted(self) -> bool: ...  # noqa: D102
 
     def step_ms(self, step: Step) -> float:
         """Milliseconds of a step, finite and positive."""
@@ -40,6 +49,8 @@ class DurationTable:
     """Milliseconds of one step by (split or None for the whole device, program, bucket)."""
 
     of: Mapping[tuple[Split | None, Program, int], float]
+    median_error: float = 0.0
+    is_trusted: bool = True
 
     def step_ms(self, step: Step) -> float:
         """See `Durations`; KeyError for a program that the table does not know."""

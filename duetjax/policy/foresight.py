@@ -38,6 +38,11 @@ class Foresight:
         """Whether predictions have been near enough to what came; see `Calibration`."""
         return self.calibration.is_trusted
 
+    @property
+    def median_error(self) -> float:
+        """Of the last launches; see `Calibration`."""
+        return self.calibration.median_error
+
     def step_ms(self, step: Step) -> float:
         """See `Durations`."""
         return self._raw_ms(step) * self.calibration.factor(step.lane, step.program)

@@ -42,24 +42,27 @@ class Load:
 class Aggregate:
     """One launch on the whole device: the decoding rows if `decodes`, then prompt chunks.
 
-    budget: tokens of the launch, a decoding row being one. k: steps, where it only decodes.
+    budget: tokens of the launch, a decoding row being one. k: steps, where it only decodes. why: in
+    one word, to be counted.
     """
 
     budget: int
     decodes: bool = True
     k: int = 1
+    why: str = "aggregated"
 
 
 @dataclass(frozen=True, slots=True)
 class Duet:
     """Prefill on one part of the device and k decode steps per launch on the other.
 
-    budget: tokens of a prefill launch.
+    budget: tokens of a prefill launch. why: as in `Aggregate`.
     """
 
     split: Split
     k: int
     budget: int
+    why: str = "split"
 
 
 type Decision = Aggregate | Duet

@@ -4,6 +4,7 @@ Knows numbers only: token ids, slots, page numbers, and `now` as it is told. It 
 what a token means, what a device does with a launch, or who waits for the output.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -46,7 +47,8 @@ class Stats:
     are held. preempted_tokens: computed KV that preemption threw away. prompt_tokens: of prompts
     computed to their end, each counted once. prefix_queries, prefix_hits: tokens of admitted
     requests, and those found in the prefix cache. steps: finished. busy_seconds: with a launch
-    in flight.
+    in flight. decisions: of the policy, (why, how often). prediction_error: `Durations`', None
+    where nobody foretells; predictions_trusted goes with it.
     """
 
     running: int
@@ -63,6 +65,9 @@ class Stats:
     prefix_hits: int
     steps: int
     busy_seconds: float
+    decisions: tuple[tuple[str, int], ...]
+    prediction_error: float | None
+    predictions_trusted: bool
 
     @property
     def pages_held(self) -> int:
@@ -126,6 +131,7 @@ class Scheduler:
         self._results = Results(self._roster)
         self._tickets, self._sequence = count(), count()
         self._prefilled_last = False
+        self._decisions: Counter[str] = Counter()
         self._steps = 0
         self._now = self._busy_since = self._busy_seconds = 0.0
 
@@ -160,7 +166,7 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """Gauges now and counters since the start."""
-        roster, results = self._roster, self._results
+        roster, results, durations = self._roster, self._results, self._pace.durations
         return Stats(
             running=roster.num_running,
             waiting=len(roster.queue),
@@ -176,6 +182,9 @@ class Scheduler:
             prefix_hits=roster.prefix_hits,
             steps=self._steps,
             busy_seconds=self._busy_seconds,
+            decisions=tuple(self._decisions.items()),
+            prediction_error=None if durations is None else durations.median_error,
+            predictions_trusted=durations is None or durations.is_trusted,
         )
 
     def check_integrity(self) -> None:
@@ -213,6 +222,7 @@ class Scheduler:
         if not (load.rows or load.prompt_tokens):
             return None
         decision = self._policy.decide(load)
+        self._decisions[decision.why] += 1
         if isinstance(decision, Duet):
             return self._plan_duet(decision, feeds=load.prompt_tokens > 0)
         if lanes.depth[Lane.PREFILL]:

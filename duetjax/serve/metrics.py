@@ -97,6 +97,19 @@ class _EngineCollector(Collector):
         pages.add_metric(["quarantined"], stats.pages_quarantined)
         pages.add_metric(["cached"], stats.pages_cached)
         yield pages
+        decided = CounterMetricFamily(
+            "duetjax_decisions", "What the policy decided", labels=["outcome"]
+        )
+        for outcome, count in stats.decisions:
+            decided.add_metric([outcome], count)
+        yield decided
+        if stats.prediction_error is not None:
+            error = "Median relative error of predicted launch times, of late"
+            yield GaugeMetricFamily("duetjax_prediction_error", error, stats.prediction_error)
+            trusted = "1 while predictions are near enough to be planned by"
+            yield GaugeMetricFamily(
+                "duetjax_predictions_trusted", trusted, float(stats.predictions_trusted)
+            )
         compiled = "Programs compiled by XLA in this process; constant once it serves"
         yield CounterMetricFamily("duetjax_compilations", compiled, self._compilations())
 
