@@ -28,6 +28,7 @@ class WaitingQueue:
         self._heap: list[tuple[Rank, Request]] = []
         self._computing: dict[Twin, list[Request]] = {}
         self._num_waiting = 0
+        self.num_tokens = 0  # of the prompts that wait
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -36,6 +37,7 @@ class WaitingQueue:
         """Lines up a request of phase WAITING, new or preempted."""
         assert request.phase is Phase.WAITING, request
         self._num_waiting += 1
+        self.num_tokens += len(request.new.prompt)
         heappush(self._heap, (request.rank, request))
 
     def first(self) -> Request | None:
@@ -46,12 +48,14 @@ class WaitingQueue:
 
     def pop(self) -> Request:
         """Takes the first one out."""
-        self._num_waiting -= 1
-        return heappop(self._heap)[1]
+        request = heappop(self._heap)[1]
+        self.forget(request)
+        return request
 
-    def forget(self) -> None:
-        """A waiting request has ended; it has changed its phase already."""
+    def forget(self, request: Request) -> None:
+        """A request no longer waits; its phase tells those in line."""
         self._num_waiting -= 1
+        self.num_tokens -= len(request.new.prompt)
 
     def put_off_first(self, twin: Twin) -> bool:
         """Sets the first one aside if somebody computes `twin`, until `computed` says so."""

@@ -315,7 +315,7 @@ class Roster:
         if request.slot is not None:
             self.columns.takes[request.slot] = False
         if request.phase is Phase.WAITING:
-            self.queue.forget()
+            self.queue.forget(request)
         else:
             self._lines[request.phase].remove(request)
             self._leave(request)

@@ -47,7 +47,8 @@ class Stats:
     are held. preempted_tokens: computed KV that preemption threw away. prompt_tokens: of prompts
     computed to their end, each counted once. prefix_queries, prefix_hits: tokens of admitted
     requests, and those found in the prefix cache. steps: finished. busy_seconds: with a launch
-    in flight. decisions: of the policy, (why, how often). prediction_error: `Durations`', None
+    in flight. decisions: of the policy, (why, how often). predicted_ttft_ms: of a short prompt that
+    came now, if it finds a slot; None before the first launch foretold. prediction_error: `Durations`', None
     where nobody foretells; predictions_trusted goes with it.
     """
 
@@ -66,6 +67,7 @@ class Stats:
     steps: int
     busy_seconds: float
     decisions: tuple[tuple[str, int], ...]
+    predicted_ttft_ms: float | None
     prediction_error: float | None
     predictions_trusted: bool
 
@@ -131,6 +133,7 @@ class Scheduler:
         self._results = Results(self._roster)
         self._tickets, self._sequence = count(), count()
         self._prefilled_last = False
+        self._ms_per_token: float | None = None
         self._decisions: Counter[str] = Counter()
         self._steps = 0
         self._now = self._busy_since = self._busy_seconds = 0.0
@@ -183,9 +186,23 @@ class Scheduler:
             steps=self._steps,
             busy_seconds=self._busy_seconds,
             decisions=tuple(self._decisions.items()),
+            predicted_ttft_ms=self.predicted_ttft_ms(0),
             prediction_error=None if durations is None else durations.median_error,
             predictions_trusted=durations is None or durations.is_trusted,
         )
+
+    def predicted_ttft_ms(self, num_tokens: int) -> float | None:
+        """Milliseconds to the first token of a prompt of so many tokens that came now.
+
+        All prompts before it at the pace of the last prefill launch foretold: too little where it
+        would wait for a slot or for pages. None before the first such launch.
+        """
+        if self._ms_per_token is None:
+            return None
+        before = self._roster.queue.num_tokens + self._roster.prompt_tokens
+        for flight in self._flights.values():
+            before += sum(chunk.count for chunk in flight.chunks)
+        return (before + num_tokens) * self._ms_per_token
 
     def check_integrity(self) -> None:
         """Asserts that nothing is lost or owned twice; for tests."""
@@ -351,6 +368,11 @@ class Scheduler:
         step = None
         if durations is not None:
             step = Step(lane, split, program, bucket, *self._tokens(batch, chunks, k))
+        predicted_ms = None
+        if durations is not None and step is not None:
+            predicted_ms = k * durations.step_ms(step)
+            if chunks:
+                self._ms_per_token = predicted_ms / num_tokens
         launch = Launch(
             ticket=ticket,
             program=program,
@@ -360,7 +382,7 @@ class Scheduler:
             split=split,
             k=k,
             wants_top=wants_top,
-            predicted_ms=None if durations is None or step is None else k * durations.step_ms(step),
+            predicted_ms=predicted_ms,
             **_prefill_columns(batch, chunks, columns),
             **self._roster.deltas.take(lambda slot: bool(columns.ticket[slot] == ticket)),
         )

@@ -103,6 +103,10 @@ class _EngineCollector(Collector):
         for outcome, count in stats.decisions:
             decided.add_metric([outcome], count)
         yield decided
+        if stats.predicted_ttft_ms is not None:
+            ttft = "Until a short prompt that comes now has its first token, by prediction"
+            seconds = stats.predicted_ttft_ms / 1e3
+            yield GaugeMetricFamily("duetjax_predicted_ttft_seconds", ttft, seconds)
         if stats.prediction_error is not None:
             error = "Median relative error of predicted launch times, of late"
             yield GaugeMetricFamily("duetjax_prediction_error", error, stats.prediction_error)

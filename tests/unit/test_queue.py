@@ -33,7 +33,7 @@ def drain(queue):
 def end(queue, some):
     """What the roster does with a waiting request that ends."""
     some.phase = Phase.ENDED
-    queue.forget()
+    queue.forget(some)
 
 
 @pytest.fixture
