@@ -28,11 +28,12 @@ import numpy as np
 
 from duetjax.config import SamplingParams
 from duetjax.policy.durations import DurationTable
+from duetjax.policy.flights import Pace
 from duetjax.policy.launch import Launch, Program, Split
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.policies import Aggregated, Policy, StaticSplit
 from duetjax.policy.request import NewRequest, StepOutputs
-from duetjax.policy.scheduler import Pace, Scheduler
+from duetjax.policy.scheduler import Scheduler
 from duetjax.sim.clock import VirtualClock
 from duetjax.sim.executor import SimulatedExecutor
 

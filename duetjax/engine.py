@@ -15,7 +15,8 @@ from enum import Enum
 from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
 from duetjax.policy.launch import Executor, FinishedStep, Launch
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
-from duetjax.policy.scheduler import Scheduler, Stats
+from duetjax.policy.scheduler import Scheduler
+from duetjax.policy.stats import Stats
 
 _log = logging.getLogger(__name__)
 

@@ -5,104 +5,24 @@ what a token means, what a device does with a launch, or who waits for the outpu
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from duetjax.config import InvalidRequest
-from duetjax.policy.columns import Batch, Chunk, Columns
-from duetjax.policy.durations import Durations, Step
-from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split, Ticket
+from duetjax.policy.columns import Batch, Chunk
+from duetjax.policy.durations import Step
+from duetjax.policy.flights import Flights, Pace
+from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.policies import Aggregate, Aggregated, Details, Duet, Load, Policy
 from duetjax.policy.queue import rank
 from duetjax.policy.request import NewRequest, Request, StepOutputs
 from duetjax.policy.results import Results
 from duetjax.policy.roster import Roster, slot_of
+from duetjax.policy.stats import Stats
 
 _NOBODY = Batch()
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How long launches may take. durations: who foretells steps; None where nobody does.
-
-    tbt_slo_ms: objective for the time between tokens of requests that bring none.
-    max_prefill_launch_ms: beside decode; None is 4 x the tightest objective of what decodes.
-    """
-
-    durations: Durations | None = None
-    tbt_slo_ms: float = 50.0
-    max_prefill_launch_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """The scheduler at one moment: gauges, then counters since the start.
-
-    running: requests with a slot. pages_total: usable pages, the dummy left out; those not named
-    are held. preempted_tokens: computed KV that preemption threw away. prompt_tokens: of prompts
-    computed to their end, each counted once. prefix_queries, prefix_hits: tokens of admitted
-    requests, and those found in the prefix cache. steps: finished. busy_seconds: with a launch
-    in flight. decisions: of the policy, (why, how often). predicted_ttft_ms: of a short prompt that
-    came now, if it finds a slot; None before the first launch foretold. prediction_error: `Durations`', None
-    where nobody foretells; predictions_trusted goes with it.
-    """
-
-    running: int
-    waiting: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
-    pages_quarantined: int
-    preemptions: int
-    preempted_tokens: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queries: int
-    prefix_hits: int
-    steps: int
-    busy_seconds: float
-    decisions: tuple[tuple[str, int], ...]
-    predicted_ttft_ms: float | None
-    prediction_error: float | None
-    predictions_trusted: bool
-
-    @property
-    def pages_held(self) -> int:
-        """Pages of running requests, shared ones counted once."""
-        return self.pages_total - self.pages_free - self.pages_cached - self.pages_quarantined
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A launch that has not completed: its rows are those of `batch`, then one per chunk.
-
-    step: what it was foretold by. began: when it was planned.
-    """
-
-    launch: Launch
-    batch: Batch
-    chunks: tuple[Chunk, ...]
-    step: Step | None
-    began: float
-    next_step: int = 0
-
-
-@dataclass(slots=True)
-class _Lanes:
-    """Launches in flight per lane, when each last ended one, and the episode if there is one."""
-
-    depth: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
-    ended: dict[Lane, float] = field(default_factory=lambda: dict.fromkeys(Lane, 0.0))
-    episode: Duet | None = None
-
-    @property
-    def are_split(self) -> bool:
-        return bool(self.depth[Lane.PREFILL] or self.depth[Lane.DECODE])
 
 
 class Scheduler:
@@ -127,16 +47,14 @@ class Scheduler:
         self.limits = limits
         self._policy = policy or Aggregated(limits.max_num_batched_tokens)
         self._pace = pace or Pace()
-        self._flights: dict[Ticket, _Flight] = {}
-        self._lanes = _Lanes()
+        self._flights = Flights(limits, self._pace.durations)
         self._roster = Roster(limits, self._flights)
         self._results = Results(self._roster)
-        self._tickets, self._sequence = count(), count()
+        self._sequence = count()
         self._prefilled_last = False
-        self._ms_per_token: float | None = None
         self._decisions: Counter[str] = Counter()
         self._steps = 0
-        self._now = self._busy_since = self._busy_seconds = 0.0
+        self._busy_since = self._busy_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -197,28 +115,22 @@ class Scheduler:
         All prompts before it at the pace of the last prefill launch foretold: too little where it
         would wait for a slot or for pages. None before the first such launch.
         """
-        if self._ms_per_token is None:
+        if self._flights.ms_per_token is None:
             return None
         before = self._roster.queue.num_tokens + self._roster.prompt_tokens
-        for flight in self._flights.values():
-            before += sum(chunk.count for chunk in flight.chunks)
-        return (before + num_tokens) * self._ms_per_token
+        before += sum(chunk.count for flight in self._flights for chunk in flight.chunks)
+        return (before + num_tokens) * self._flights.ms_per_token
 
     def check_integrity(self) -> None:
         """Asserts that nothing is lost or owned twice; for tests."""
         self._roster.check_integrity()
-        depth = dict.fromkeys(Lane, 0)
-        for flight in self._flights.values():
-            depth[flight.launch.lane] += 1
-        assert depth == self._lanes.depth
-        assert max(depth.values()) <= self.limits.launches_per_lane, depth
-        assert not (depth[Lane.WHOLE] and self._lanes.are_split), depth
+        self._flights.check_integrity()
 
     # Planning.
 
     def plan(self, now: float) -> tuple[Launch, ...]:
         """All launches that lanes can take now, in the order in which to submit them."""
-        self._now = now
+        self._flights.now = now
         if not self._flights:
             self._busy_since = now
         launches = []
@@ -228,13 +140,13 @@ class Scheduler:
         return tuple(launches)
 
     def _next_launch(self) -> Launch | None:
-        lanes, roster = self._lanes, self._roster
-        if not self._has_room(Lane.WHOLE):
+        flights, roster = self._flights, self._roster
+        if not flights.has_room(Lane.WHOLE):
             return None
-        starved = roster.reserve(1, may_preempt=True) if self._has_room(Lane.DECODE) else 0
+        starved = roster.reserve(1, may_preempt=True) if flights.has_room(Lane.DECODE) else 0
         roster.admit(self.limits.max_num_batched_tokens)
         rows = len(roster.decoding) - starved
-        rows = max(rows, int(lanes.depth[Lane.DECODE] > 0))  # their last steps are still running
+        rows = max(rows, int(flights.is_busy(Lane.DECODE)))  # their last steps are still running
         load = Load(rows, roster.prompt_tokens, self._details)
         if not (load.rows or load.prompt_tokens):
             return None
@@ -242,13 +154,10 @@ class Scheduler:
         self._decisions[decision.why] += 1
         if isinstance(decision, Duet):
             return self._plan_duet(decision, feeds=load.prompt_tokens > 0)
-        if lanes.depth[Lane.PREFILL]:
-            assert lanes.episode is not None, lanes
-            return self._plan_duet(lanes.episode, feeds=False)
-        return None if lanes.are_split else self._plan_whole(decision, load)
-
-    def _has_room(self, lane: Lane) -> bool:
-        return self._lanes.depth[lane] < self.limits.launches_per_lane
+        if flights.is_busy(Lane.PREFILL):
+            assert flights.episode is not None, "a prefill lane without an episode"
+            return self._plan_duet(flights.episode, feeds=False)
+        return None if flights.are_split else self._plan_whole(decision, load)
 
     def _plan_whole(self, decision: Aggregate, load: Load) -> Launch | None:
         prefills = load.prompt_tokens > 0
@@ -268,29 +177,28 @@ class Scheduler:
 
     def _plan_duet(self, decision: Duet, *, feeds: bool) -> Launch | None:
         """The decode lane first, which must not wait; `feeds`: also more prompt chunks."""
-        lanes = self._lanes
-        if lanes.depth[Lane.WHOLE]:
+        flights = self._flights
+        if flights.is_busy(Lane.WHOLE):
             return None
-        if not lanes.are_split:
-            lanes.episode = decision
-        assert lanes.episode is not None, lanes
-        split = lanes.episode.split
-        if self._has_room(Lane.DECODE):
+        if not flights.are_split or flights.episode is None:
+            flights.episode = decision
+        split = flights.episode.split
+        if flights.has_room(Lane.DECODE):
             batch, k = self._decoding(decision.k)
             if batch:
                 return self._launch(Lane.DECODE, split, batch, k=k)
-        if feeds and self._has_room(Lane.PREFILL):
+        if feeds and flights.has_room(Lane.PREFILL):
             budget = min(decision.budget, self._longest_prefill(decision))
             chunks = self._chunks(budget, Lane.PREFILL)
             return self._launch(Lane.PREFILL, split, _NOBODY, chunks=chunks)
         return None
 
     def _details(self) -> Details:
-        roster, lanes = self._roster, self._lanes
+        roster, flights = self._roster, self._flights
         slots = roster.decoding.batch().slots
         left = roster.columns.end[slots] - roster.columns.planned[slots]
         free = roster.pool.num_available * self.limits.page_size // max(1, len(slots))
-        episode = lanes.episode if lanes.are_split else None
+        episode = flights.episode if flights.are_split else None
         return Details(
             contexts=roster.columns.planned[slots],
             prompts=tuple(roster.unplanned(request) for request in roster.prefilling),
@@ -352,95 +260,19 @@ class Scheduler:
         chunks: tuple[Chunk, ...] = (),
         k: int = 1,
     ) -> Launch:
-        """Puts a launch in flight; with chunks it is one of the prefill program."""
-        ticket = next(self._tickets)
-        columns, fed = self._roster.columns, [slot_of(chunk.request) for chunk in chunks]
-        slots = batch.slot_tuple + tuple(fed)
-        num_tokens = len(batch) + sum(chunk.count for chunk in chunks)
-        program = Program.PREFILL if chunks else Program.DECODE
-        buckets = self.limits.prefill_buckets if chunks else self.limits.decode_buckets
-        bucket = next(size for size in buckets if size >= num_tokens)
-        columns.ticket[batch.slots] = ticket
-        if chunks:
-            columns.ticket[fed] = ticket
-        wants_top = batch.wants_top or any(c.ends and c.request.wants_top for c in chunks)
-        durations = self._pace.durations
-        step = None
-        if durations is not None:
-            step = Step(lane, split, program, bucket, *self._tokens(batch, chunks, k))
-        predicted_ms = None
-        if durations is not None and step is not None:
-            predicted_ms = k * durations.step_ms(step)
-            if chunks:
-                self._ms_per_token = predicted_ms / num_tokens
-        launch = Launch(
-            ticket=ticket,
-            program=program,
-            bucket=bucket,
-            slots=slots,
-            lane=lane,
-            split=split,
-            k=k,
-            wants_top=wants_top,
-            predicted_ms=predicted_ms,
-            **_prefill_columns(batch, chunks, columns),
-            **self._roster.deltas.take(lambda slot: bool(columns.ticket[slot] == ticket)),
-        )
-        self._flights[ticket] = _Flight(launch, batch, chunks, step, self._now)
-        self._lanes.depth[lane] += 1
-        return launch
-
-    def _tokens(
-        self, batch: Batch, chunks: tuple[Chunk, ...], k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens that each row of a launch computes in a step, and has in KV before the first."""
-        contexts = self._roster.columns.planned[batch.slots] - k
-        new = [1] * len(batch) + [chunk.count for chunk in chunks]
-        starts = np.array([chunk.start for chunk in chunks], np.int64)
-        cached = np.maximum(np.concatenate((contexts, starts)), 0)
-        return np.array(new, np.int64), cached
+        roster = self._roster
+        return self._flights.begin(lane, split, (batch, chunks), k, roster.columns, roster.deltas)
 
     # Committing.
 
     def commit(self, finished: FinishedStep, now: float) -> StepOutputs:
         """Takes in a finished step of a launch, in the order in which the launch took them."""
-        ticket, step = finished.ticket, finished.step
-        flight = self._flights.get(ticket)
-        assert flight is not None, f"commit of launch {ticket}, which is not in flight"
-        assert step == flight.next_step, f"step {step} of {flight.launch}, not {flight.next_step}"
+        flight = self._flights.step(finished)
         outputs = self._results.take(flight.launch, flight.batch, flight.chunks, finished.result)
-        flight.next_step += 1
         self._steps += 1
         if flight.next_step == flight.launch.k:
-            del self._flights[ticket]
-            self._lanes.depth[flight.launch.lane] -= 1
-            self._roster.complete(ticket)
-            self._learn(flight, now)
+            self._flights.complete(flight, now)
+            self._roster.complete(finished.ticket)
         if not self._flights:
             self._busy_seconds += now - self._busy_since
         return outputs
-
-    def _learn(self, flight: _Flight, now: float) -> None:
-        """Tells who foretold a launch how long it took, once the lane was free for it."""
-        lane = flight.launch.lane
-        began = max(flight.began, self._lanes.ended[lane])
-        self._lanes.ended[lane] = now
-        if flight.step is not None and self._pace.durations is not None:
-            measured_ms = 1e3 * (now - began) / flight.launch.k
-            self._pace.durations.observe(flight.step, measured_ms)
-
-
-def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...], columns: Columns) -> dict[str, Any]:
-    """What a launch of the prefill program has beside its slots: decoding rows, then chunks."""
-    if not chunks:
-        return {}
-    rows, packed = len(batch), []
-    for chunk in chunks:
-        known = columns.tokens[slot_of(chunk.request)]
-        packed.append(known[chunk.start : chunk.start + chunk.count].tobytes())
-    return {
-        "starts": (0,) * rows + tuple([chunk.start for chunk in chunks]),
-        "counts": (0,) * rows + tuple([chunk.count for chunk in chunks]),
-        "packed": b"".join(packed),
-        "samples": (True,) * rows + tuple([chunk.ends for chunk in chunks]),
-    }

@@ -9,10 +9,10 @@ from scheduler_run import Run, limits, request
 
 from duetjax.config import InvalidRequest
 from duetjax.policy.durations import DurationTable
+from duetjax.policy.flights import Pace
 from duetjax.policy.launch import Lane, Program, RowFlag, Split
 from duetjax.policy.policies import Aggregate, Duet, StaticSplit
 from duetjax.policy.request import FinishReason
-from duetjax.policy.scheduler import Pace
 
 SPLIT = Split(decode=40, prefill=92)
 BUDGET = 64

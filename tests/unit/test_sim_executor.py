@@ -10,11 +10,12 @@ import pytest
 from duetjax.config import SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.policy.durations import DurationTable
+from duetjax.policy.flights import Pace
 from duetjax.policy.launch import Lane, Launch, Program, RowFlag, SlotParams, Split, pack
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.policies import Aggregated, PrefillFirst, StaticSplit
 from duetjax.policy.request import FinishReason, NewRequest
-from duetjax.policy.scheduler import Pace, Scheduler
+from duetjax.policy.scheduler import Scheduler
 from duetjax.sim.clock import RealClock, VirtualClock
 from duetjax.sim.executor import SimulatedExecutor
 
