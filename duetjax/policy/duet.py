@@ -3,11 +3,12 @@
 DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimiser.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from duetjax.policy.calibration import DISTRUST_ABOVE
 from duetjax.policy.durations import Step
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane, Program, Split
@@ -42,16 +43,17 @@ class Sizes:
         return next(bucket for bucket in buckets if bucket >= size)
 
 
-def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[Tokens, Tokens]:
+def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[list[int], list[int]]:
     """The next `tokens` of prompts, given as (start, left): tokens of each, and before each."""
-    new, cached = [], []
+    new: list[int] = []
+    cached: list[int] = []
     for start, left in prompts:
         if tokens <= 0:
             break
         new.append(min(left, tokens))
         cached.append(start)
         tokens -= new[-1]
-    return np.array(new, np.int64), np.array(cached, np.int64)
+    return new, cached
 
 
 def mixed_ms(foresight: Foresight, sizes: Sizes, details: Details, budget: int) -> float:
@@ -62,11 +64,42 @@ def mixed_ms(foresight: Foresight, sizes: Sizes, details: Details, budget: int) 
         Lane.WHOLE,
         None,
         Program.PREFILL,
-        sizes.bucket(Program.PREFILL, rows + int(new.sum())),
-        np.concatenate((np.ones(rows, np.int64), new)),
-        np.concatenate((details.contexts, cached)),
+        sizes.bucket(Program.PREFILL, rows + sum(new)),
+        np.array([1] * rows + new),
+        np.concatenate((details.contexts, np.array(cached, np.int64))),
     )
     return foresight.step_ms(step)
+
+
+def candidates(
+    foresight: Foresight, sizes: Sizes, details: Details, prompt_tokens: int
+) -> Candidates:
+    """Every split with its decode step, and a prefill launch of every bucket and of all tokens."""
+    rows, total = len(details.contexts), min(prompt_tokens, sizes.budget)
+    tokens = [size for size in sizes.prefill_buckets if size < total] + [total]
+    decode, contexts = sizes.bucket(Program.DECODE, rows), details.contexts
+    decode_ms = foresight.decode_on_splits(decode, contexts)
+    prefill_ms = foresight.prefill_on_splits(
+        [(sizes.bucket(Program.PREFILL, size), *cut(details.prompts, size)) for size in tokens]
+    )
+    alone = foresight.step_ms(Step(Lane.WHOLE, None, Program.DECODE, decode, 1, contexts))
+    return Candidates(rows, foresight.splits, decode_ms, tuple(tokens), prefill_ms, alone)
+
+
+def bounds(sizes: Sizes, details: Details) -> Bounds:
+    """What a choice among them must respect."""
+    longest = sizes.max_prefill_ms
+    return Bounds(
+        details.tbt_slo_ms,
+        max(1, min(sizes.max_k, details.max_k)),
+        4 * details.tbt_slo_ms if longest is None else longest,
+    )
+
+
+def with_margin(details: Details, foresight: Foresight) -> Details:
+    """The objective lowered by as much as predictions err: planned to the last, noise breaks it."""
+    error = min(foresight.median_error, DISTRUST_ABOVE)
+    return replace(details, tbt_slo_ms=details.tbt_slo_ms / (1 + error))
 
 
 class AggregatedSlo:
@@ -81,7 +114,7 @@ class AggregatedSlo:
         sizes = self._sizes
         if not (load.rows and load.prompt_tokens):
             return Aggregate(sizes.budget)
-        details = load.look()
+        details = with_margin(load.look(), self._foresight)
         rows = len(details.contexts)
         budgets = [min(size, sizes.budget) for size in sizes.prefill_buckets if size > rows]
         for budget in reversed(budgets[1:]):
@@ -108,53 +141,35 @@ class DuetPolicy:
     def decide(self, load: Load) -> Decision:
         """The tightest running objective decides; `partition.choose` says what it may come to."""
         sizes = self._sizes
+        owed, self._owed = self._owed, 0
         if not (load.rows and load.prompt_tokens):
             return Aggregate(sizes.budget)
         if not self._foresight.is_trusted:
             return self._halved(load, "distrusted")
-        details = load.look()
+        details = with_margin(load.look(), self._foresight)
+        if not len(details.contexts):  # their last steps are still running
+            return Aggregate(sizes.budget)
         if mixed_ms(self._foresight, sizes, details, sizes.budget) <= details.tbt_slo_ms:
             return Aggregate(sizes.budget)
-        if self._owed:
-            owed, self._owed = self._owed, 0
+        if owed:
             return Aggregate(owed, decodes=False, why=Outcome.DECODE_ALONE)
         self.last_choice = self._choose(load, details)
-        return self._decision(self.last_choice, load)
+        return self._decision(self.last_choice, load, details)
 
     def _choose(self, load: Load, details: Details) -> Choice:
-        sizes, foresight = self._sizes, self._foresight
-        longest = sizes.max_prefill_ms
-        bounds = Bounds(
-            details.tbt_slo_ms,
-            max(1, min(sizes.max_k, details.max_k)),
-            4 * details.tbt_slo_ms if longest is None else longest,
-        )
-        rows, total = len(details.contexts), min(load.prompt_tokens, sizes.budget)
-        tokens = [size for size in sizes.prefill_buckets if size < total] + [total]
-        decode = sizes.bucket(Program.DECODE, rows)
-        contexts = details.contexts
-        decode_ms = foresight.on_splits(Lane.DECODE, Program.DECODE, decode, 1, contexts)
-        prefill_ms = np.stack([self._prefill_ms(details, size) for size in tokens], axis=1)
-        alone = Step(Lane.WHOLE, None, Program.DECODE, decode, 1, contexts)
-        candidates = Candidates(
-            rows, foresight.splits, decode_ms, tuple(tokens), prefill_ms, foresight.step_ms(alone)
-        )
+        found = candidates(self._foresight, self._sizes, details, load.prompt_tokens)
         if details.split is not None:
-            candidates = only(candidates, details.split)
-        return choose(candidates, bounds, self._previous)
+            found = only(found, details.split)
+        return choose(found, bounds(self._sizes, details), self._previous)
 
-    def _prefill_ms(self, details: Details, tokens: int) -> NDArray[np.float64]:
-        bucket = self._sizes.bucket(Program.PREFILL, tokens)
-        new, cached = cut(details.prompts, tokens)
-        return self._foresight.on_splits(Lane.PREFILL, Program.PREFILL, bucket, new, cached)
-
-    def _decision(self, choice: Choice, load: Load) -> Decision:
+    def _decision(self, choice: Choice, load: Load, details: Details) -> Decision:
         if choice.split is not None:
             self._previous = choice.split
             k = max(1, min(choice.k, int(choice.tbt_slo_ms / (IN_FLIGHT * choice.decode_ms))))
             return Duet(choice.split, k, choice.prefill_tokens, choice.outcome)
         if choice.outcome is Outcome.DECODE_ALONE:
-            self._owed = choice.prefill_tokens
+            if details.split is None:  # else decode goes on beside the episode's last prefill
+                self._owed = choice.prefill_tokens
             return Aggregate(load.rows, k=choice.k, why=choice.outcome)
         return self._halved(load, choice.outcome)
 

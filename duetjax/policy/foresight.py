@@ -1,5 +1,7 @@
 """What steps will take on this device: the roofline, corrected by what launches have taught."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,7 @@ from duetjax.policy.launch import Lane, Program
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 from duetjax.policy.roofline import Attention, Floats, Roofline
 
-type Counts = NDArray[np.int64] | int
+type Counts = NDArray[np.int64]
 
 
 class Foresight:
@@ -51,13 +53,21 @@ class Foresight:
         """See `Durations`."""
         self.calibration.observe(step.lane, step.program, self._raw_ms(step), measured_ms)
 
-    def on_splits(
-        self, lane: Lane, program: Program, bucket: int, new: Counts, cached: NDArray[np.int64]
-    ) -> Floats:
-        """Milliseconds of a step on one side of each of `splits`, beside the other lane."""
-        work = self._roofline.work(program, bucket, new, cached)
-        ms = self._roofline.ms(work, self._cores[lane], lane)
-        return ms * self.calibration.factor(lane, program)
+    def decode_on_splits(self, bucket: int, cached: Counts) -> Floats:
+        """Milliseconds [S] of a decode step beside prefill, on each of `splits`."""
+        work = self._roofline.work(Program.DECODE, bucket, 1, cached)
+        ms = self._roofline.ms(work, self._cores[Lane.DECODE], Lane.DECODE)
+        return ms * self.calibration.factor(Lane.DECODE, Program.DECODE)
+
+    def prefill_on_splits(self, launches: Sequence[tuple[int, list[int], list[int]]]) -> Floats:
+        """Milliseconds [S, J] of prefill launches beside decode: (bucket, new, cached) of each."""
+        roofline, cores = self._roofline, self._cores[Lane.PREFILL]
+        works = [roofline.work(Program.PREFILL, *launch) for launch in launches]
+        if len({work.shape for work in works}) == 1:
+            ms = roofline.ms(np.array(works), cores, Lane.PREFILL)
+        else:
+            ms = np.stack([roofline.ms(work, cores, Lane.PREFILL) for work in works], axis=1)
+        return ms * self.calibration.factor(Lane.PREFILL, Program.PREFILL)
 
     def _raw_ms(self, step: Step) -> float:
         work = self._roofline.work(step.program, step.bucket, step.new, step.cached)

@@ -113,15 +113,19 @@ class Roofline:
         return np.concatenate((((flops,), (num_bytes,)), by_row), 1)
 
     def ms(self, work: Floats, cores: ArrayLike, contended: Lane | None = None) -> Floats:
-        """Milliseconds of such a step for each candidate number of cores [S], as `step_ms`."""
+        """Milliseconds of such a step for each candidate number of cores [S], as `step_ms`.
+
+        Of several steps at once, [J, 2, parts], it is [S, J].
+        """
         index, most = np.asarray(cores), len(self._ms_per_unit[0]) - 1
         is_whole = index.ndim == 1 and index.dtype.kind in "iu"
         if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
             raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
-        (flops, num_bytes), (per_flop, per_byte) = work, self._ms_per_unit
+        per_flop, per_byte = self._ms_per_unit
+        flops, num_bytes = work[..., 0, :], work[..., 1, :]
         each = np.multiply.outer
         parts = np.maximum(each(per_flop[index], flops), each(per_byte[index], num_bytes))
-        ms: Floats = np.add.reduce(parts, 1)
+        ms: Floats = np.add.reduce(parts, -1)
         ms *= self._contention[contended]
         ms += self._launch_ms
         return ms
@@ -156,6 +160,9 @@ class _Rows:
     """
 
     def __init__(self, new: ArrayLike, cached: ArrayLike) -> None:
+        if isinstance(new, list) and isinstance(cached, list):
+            self._add_up(new, cached)
+            return
         q, c = np.asarray(new, np.float64), np.asarray(cached, np.float64)
         if q.ndim > 1 or c.ndim != 1 or q.shape not in ((), c.shape):
             raise ValueError(f"new and cached must be rows of one length: {q.shape}, {c.shape}")
@@ -175,6 +182,23 @@ class _Rows:
             self.squares, self.products = float(q @ q), float(q @ c)
         else:
             self.squares, self.products = float(q) * self.tokens, float(q) * self.context
+
+    def _add_up(self, new: list[int], cached: list[int]) -> None:
+        """The same for a few rows, where arrays would take longer than the sums."""
+        if len(new) != len(cached):
+            raise ValueError(
+                f"new and cached must be rows of one length: {len(new)}, {len(cached)}"
+            )
+        rows = [(float(q), float(c)) for q, c in zip(new, cached, strict=True) if q != 0]
+        self.tokens, self.context = sum(q for q, _ in rows), sum(c for _, c in rows)
+        is_positive = all(q > 0 and c >= 0 for q, c in rows) and min(cached, default=0) >= 0
+        if not (is_positive and self.tokens < MOST_TOKENS and self.context < MOST_TOKENS):
+            raise ValueError(
+                f"new and cached must be from 0 to {MOST_TOKENS:g}, not {new} and {cached}"
+            )
+        self.new, self.cached = np.array(rows).reshape(-1, 2).T
+        self.count = len(rows)
+        self.squares, self.products = sum(q * q for q, _ in rows), sum(q * c for q, c in rows)
 
 
 class _Curve:

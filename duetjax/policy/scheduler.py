@@ -15,7 +15,7 @@ from duetjax.policy.durations import Step
 from duetjax.policy.flights import Flights, Pace
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split
 from duetjax.policy.limits import SchedulerLimits
-from duetjax.policy.policies import Aggregate, Aggregated, Details, Duet, Load, Policy
+from duetjax.policy.policies import Aggregate, Aggregated, Decision, Details, Duet, Load, Policy
 from duetjax.policy.queue import rank
 from duetjax.policy.request import NewRequest, Request, StepOutputs
 from duetjax.policy.results import Results
@@ -143,6 +143,8 @@ class Scheduler:
         flights, roster = self._flights, self._roster
         if not flights.has_room(Lane.WHOLE):
             return None
+        if not (flights.has_room(Lane.DECODE) or flights.has_room(Lane.PREFILL)):
+            return None
         starved = roster.reserve(1, may_preempt=True) if flights.has_room(Lane.DECODE) else 0
         roster.admit(self.limits.max_num_batched_tokens)
         rows = len(roster.decoding) - starved
@@ -151,7 +153,14 @@ class Scheduler:
         if not (load.rows or load.prompt_tokens):
             return None
         decision = self._policy.decide(load)
-        self._decisions[decision.why] += 1
+        launch = self._planned(decision, load)
+        if launch is not None:
+            self._decisions[decision.why] += 1
+        return launch
+
+    def _planned(self, decision: Decision, load: Load) -> Launch | None:
+        """The launch that a decision comes to, if the lanes can take it now."""
+        flights = self._flights
         if isinstance(decision, Duet):
             return self._plan_duet(decision, feeds=load.prompt_tokens > 0)
         if flights.is_busy(Lane.PREFILL):

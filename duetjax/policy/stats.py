@@ -11,9 +11,9 @@ class Stats:
     are held. preempted_tokens: computed KV that preemption threw away. prompt_tokens: of prompts
     computed to their end, each counted once. prefix_queries, prefix_hits: tokens of admitted
     requests, and those found in the prefix cache. steps: finished. busy_seconds: with a launch
-    in flight. decisions: of the policy, (why, how often). predicted_ttft_ms: of a short prompt that
-    came now, if it finds a slot; None before the first launch foretold. prediction_error: see
-    `Durations`, None where nobody foretells; predictions_trusted goes with it.
+    in flight. decisions: of launches, (why they were made so, how many). predicted_ttft_ms: of a
+    short prompt that came now, if it finds a slot; None before the first launch foretold.
+    prediction_error: see `Durations`, None where nobody foretells; predictions_trusted too.
     """
 
     running: int

@@ -12,10 +12,22 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from duetjax.config import ConfigError, ModelConfig
+from duetjax.model.kv_pages import KVLayout
 from duetjax.policy.launch import Program
 from duetjax.policy.profiles import Cost, ModelProfile
-from duetjax.runtime.programs import Key, Programs
-from duetjax.runtime.slot_state import PARAMS
+from duetjax.runtime import placeholders
+from duetjax.runtime.programs import Buckets, Key, Programs
+from duetjax.runtime.slot_state import PARAMS, SlotShapes
+from duetjax.runtime.target import Target
+
+BUCKETS = Buckets(
+    decode=(2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256),
+    prefill=(128, 256, 512, 1024, 2048, 4096, 8192),
+    prefill_rows=256,
+)
+"""What a profile has, unless it is asked for others."""
+NUM_PAGES, PAGE_SIZE, TABLE_WIDTH = 4096, 64, 128
+"""Of the KV cache that programs are compiled with to be looked at; no profile shows them."""
 
 FLOPS_TOLERANCE = 0.05
 """Below it some product is missing from the count: a library call counts nothing."""
@@ -40,6 +52,18 @@ class Counted(Protocol):
     @property
     def bytes_accessed(self) -> float:
         """Bytes of all operands and results."""
+
+
+def absent_programs(
+    config: ModelConfig, target: Target, buckets: Buckets = BUCKETS, num_pages: int = NUM_PAGES
+) -> Programs:
+    """Programs for an absent GPU, to be compiled and looked at: their kernels are placeholders.
+
+    As many slots as a prefill program has rows; weights and KV in the checkpoint's own dtype.
+    """
+    layout = KVLayout.of(config, num_pages, PAGE_SIZE, config.dtype)
+    slots = SlotShapes(buckets.prefill_rows, TABLE_WIDTH, config.vocab_size)
+    return Programs(config, layout, slots, buckets, target, placeholders)
 
 
 def model_profile(

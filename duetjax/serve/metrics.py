@@ -98,7 +98,7 @@ class _EngineCollector(Collector):
         pages.add_metric(["cached"], stats.pages_cached)
         yield pages
         decided = CounterMetricFamily(
-            "duetjax_decisions", "What the policy decided", labels=["outcome"]
+            "duetjax_decisions", "Launches by what the policy decided", labels=["outcome"]
         )
         for outcome, count in stats.decisions:
             decided.add_metric([outcome], count)

@@ -1,6 +1,7 @@
 """The endpoint on a socket: start, announce, drain on a signal, stop."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -71,6 +72,8 @@ class HttpServer:
         announce: told one line with the address once requests are answered. The engine is
         started here, but its shutdown is for whoever made it.
         """
+        gc.collect()
+        gc.freeze()  # or each full collection goes over all that was loaded, tens of milliseconds
         with asyncio.Runner() as runner:
             runner.run(self._serve(announce))
 

@@ -21,12 +21,10 @@ import jax
 import numpy as np
 
 from duetjax.checkpoint.source import resolve_model
-from duetjax.model.kv_pages import KVLayout
 from duetjax.policy.launch import Program
-from duetjax.runtime import placeholders
 from duetjax.runtime.inspection import ProgramFacts, inspect_program
-from duetjax.runtime.programs import Buckets, Key, Programs
-from duetjax.runtime.slot_state import SlotShapes
+from duetjax.runtime.profile import BUCKETS, NUM_PAGES, absent_programs
+from duetjax.runtime.programs import Key, Programs
 from duetjax.runtime.target import Target, absent_gpu
 
 TABLE = Path(__file__).with_name("device_programs.json")
@@ -39,13 +37,7 @@ PAIRS = (
     ("qwen3-14b", "h200-sxm"),
     ("llama-3.1-8b", "a100-sxm-80gb"),
 )
-BUCKETS = Buckets(
-    decode=(2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256),
-    prefill=(128, 256, 512, 1024, 2048, 4096, 8192),
-    prefill_rows=256,
-)
-NUM_SLOTS, TABLE_WIDTH, PAGE_SIZE = 256, 128, 64
-NUM_PAGES, FEW_PAGES = 4096, 256
+FEW_PAGES = 256
 
 SAMPLED = (Program.DECODE, 64)
 """The program whose temporaries are held against the sampler's budget."""
@@ -76,9 +68,7 @@ class Pair:
     @cached_property
     def programs(self) -> Programs:
         config = resolve_model(self.model, load_format="dummy").config
-        layout = KVLayout.of(config, self.num_pages, PAGE_SIZE, "bfloat16")
-        slots = SlotShapes(NUM_SLOTS, TABLE_WIDTH, config.vocab_size)
-        return Programs(config, layout, slots, BUCKETS, self.target, placeholders)
+        return absent_programs(config, self.target, num_pages=self.num_pages)
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         return self.programs.lower(key)

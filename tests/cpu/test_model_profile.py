@@ -6,9 +6,7 @@ import pytest
 from device_table import (
     BUCKETS,
     HAS_CUDA_WHEELS,
-    PAGE_SIZE,
     PAIRS,
-    TABLE_WIDTH,
     WHY_NOT,
     Pair,
 )
@@ -20,7 +18,7 @@ from duetjax.model.kv_pages import KVLayout
 from duetjax.policy.launch import Program
 from duetjax.runtime import placeholders
 from duetjax.runtime.inspection import inspect_program
-from duetjax.runtime.profile import model_profile
+from duetjax.runtime.profile import PAGE_SIZE, TABLE_WIDTH, model_profile
 from duetjax.runtime.programs import Buckets, Programs
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.target import absent_gpu
