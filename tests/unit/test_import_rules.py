@@ -87,6 +87,17 @@ RULES = {
             "duetjax.policy.request",
         )
     ),
+    "duetjax.explain": Rule(ours=("duetjax.config", "duetjax.policy"), theirs=("numpy",)),
+    "duetjax.picture": Rule(ours=("duetjax.config", "duetjax.explain")),
+    "duetjax.compile_profile": Rule(
+        ours=(
+            "duetjax.checkpoint",
+            "duetjax.config",
+            "duetjax.policy.profiles",
+            "duetjax.runtime",
+        ),
+        theirs=("tqdm",),
+    ),
     "duetjax.batch": Rule(ours=("duetjax.config",), theirs=("orjson",)),
     "duetjax.run_batch": Rule(
         ours=("duetjax.batch", "duetjax.config", "duetjax.engine", "duetjax.serve"),
