@@ -1,4 +1,4 @@
-"""The `duetjax` command: generate, serve, convert, doctor."""
+"""The `duetjax` command: generate, serve, convert, explain, compile, doctor."""
 
 import argparse
 import logging
@@ -95,9 +95,61 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    _add_explain(commands)
+    _add_compile(commands)
+
     doctor = commands.add_parser("doctor", help="show what this installation can do")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    explain = commands.add_parser(
+        "explain", help="predict a launch on every split of a GPU, and say which one duet takes"
+    )
+    explain.add_argument("--model", metavar="NAME", help="a model whose profile is shipped")
+    explain.add_argument("--model-profile", type=Path, metavar="FILE", help="or a profile's file")
+    explain.add_argument("--gpu", metavar="NAME", help="a GPU whose profile is shipped")
+    explain.add_argument("--hardware-profile", type=Path, metavar="FILE", help="or its file")
+    explain.add_argument(
+        "--prefill",
+        action="append",
+        default=[],
+        metavar="TOKENS[:CACHED]",
+        help="prompt tokens to compute, after those in KV already; repeatable",
+    )
+    explain.add_argument(
+        "--decode",
+        action="append",
+        default=[],
+        metavar="ROWSxCONTEXT",
+        help="requests that decode, each with so many tokens in KV; repeatable",
+    )
+    explain.add_argument("--tbt-slo-ms", type=float, default=50.0, help="longest step; default: 50")
+    explain.add_argument(
+        "--max-num-batched-tokens", type=int, default=8192, help="of a launch; default: 8192"
+    )
+    explain.add_argument(
+        "--attention", default="fused", help="fused (default), or per-request as in the paper"
+    )
+    explain.add_argument("--picture", type=Path, metavar="FILE", help="also draw it, as SVG")
+    explain.set_defaults(run=_explain)
+
+
+def _add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compile_ = commands.add_parser(
+        "compile", help="compile a model for a GPU that need not be there, and profile it"
+    )
+    compile_.add_argument("--model", required=True, help="preset name, folder or hub id")
+    compile_.add_argument("--gpu", required=True, metavar="NAME", help="any name lists the known")
+    compile_.add_argument(
+        "--profile", type=Path, required=True, metavar="FILE", help="where to write what it costs"
+    )
+    for kind, unit in (("decode", "rows"), ("prefill", "tokens")):
+        compile_.add_argument(
+            f"--buckets-{kind}", type=int, nargs="+", metavar="N", help=f"{unit} of its programs"
+        )
+    compile_.set_defaults(run=_compile)
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -286,6 +338,33 @@ def _convert(args: argparse.Namespace) -> int:
         f"wrote {done.folder}: {done.num_tensors} tensors as {done.format},"
         f" {done.nbytes / 1e9:.3g} GB in {time.perf_counter() - started:.1f} s"
     )
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from duetjax.explain import ExplainRequest, explain, lines
+    from duetjax.picture import draw
+
+    asked = {field.name: getattr(args, field.name) for field in fields(ExplainRequest)}
+    explanation = explain(ExplainRequest(**asked))
+    for line in lines(explanation):
+        print(line)
+    if args.picture is not None:
+        draw(explanation, args.picture)
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    # Neither a driver nor a device is wanted, even where there is one.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from duetjax.compile_profile import ProfileRequest, compile_profile
+
+    request = ProfileRequest(
+        args.model, args.gpu, args.profile, args.buckets_decode, args.buckets_prefill
+    )
+    profile = compile_profile(request)
+    print(f"wrote {args.profile}: {len(profile.costs)} programs of {profile.model} for {args.gpu}")
     return 0
 
 

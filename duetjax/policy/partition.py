@@ -112,7 +112,8 @@ class Choice:
         slo, split = f"{self.tbt_slo_ms:.4g} ms", self.split
         if self.outcome is Outcome.UNPREDICTED:
             return "no split has a usable predicted time on both sides"
-        steps = f"{self.k} steps of {self.decode_ms:.4g} ms"
+        plural = "s" if self.k > 1 else ""
+        steps = f"{self.k} step{plural} of {self.decode_ms:.4g} ms"
         prefill = f"{self.prefill_tokens} prompt tokens in {self.prefill_ms:.4g} ms"
         rate = f"{self.throughput:.4g} tokens/s"
         if split is None:
