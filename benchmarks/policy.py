@@ -15,6 +15,7 @@ shortest time: the scheduler is deterministic, so what differs is the others' do
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -145,6 +146,8 @@ def measure(policy: Policy, load: str, warmup: int, steps: int) -> Measured:
         scheduler.add(arrivals.next(), clock.now())
     for launch in scheduler.plan(clock.now()):
         executor.submit(launch)
+    gc.collect()
+    gc.freeze()  # as the server does when it has loaded everything
     taken = 0
     while taken < warmup + steps:
         for finished in executor.advance():

@@ -149,7 +149,7 @@ class Flights:
             wants_top=batch.wants_top or any(c.ends and c.request.wants_top for c in chunks),
             predicted_ms=predicted_ms,
             **_prefill_columns(batch, chunks, columns),
-            **deltas.take(lambda slot: bool(columns.ticket[slot] == ticket)),
+            **deltas.take(lambda slot: columns.ticket.item(slot) == ticket),
         )
         self._flights[ticket] = Flight(launch, batch, chunks, step, self.now)
         self._depth[lane] += 1
@@ -158,12 +158,14 @@ class Flights:
 
 def _tokens(
     batch: Batch, chunks: tuple[Chunk, ...], k: int, columns: Columns
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64] | int, NDArray[np.int64]]:
     """Tokens that each row of a launch computes in a step, and has in KV before the first."""
+    if not chunks:
+        return 1, columns.planned[batch.slots] - k
     new = [1] * len(batch) + [chunk.count for chunk in chunks]
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     cached = np.concatenate((columns.planned[batch.slots] - k, starts))
-    return np.array(new, np.int64), np.maximum(cached, 0)
+    return np.array(new, np.int64), cached
 
 
 def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...], columns: Columns) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class Roster:
         self.decoding, self.ending = Line(), Line()
         self.preemptions = self.preempted_tokens = 0
         self.prefix_queries = self.prefix_hits = 0
+        self.starved = 0
         self._in_flight = in_flight
         self._free_slots = list(range(limits.num_slots))  # a heap: the lowest goes out next
         self._leaving: dict[Ticket, list[Request]] = {}
@@ -166,25 +167,24 @@ class Roster:
 
     # Decoding rows and their room.
 
-    def reserve(self, k: int, *, may_preempt: bool) -> int:
+    def reserve(self, k: int, *, may_preempt: bool) -> None:
         """Gives each decoding row room for k more steps, or as much as there is.
 
-        Returns how many have no room for a single one. Those wait for pages in quarantine; if there
+        starved: how many have no room for a single one. They wait for pages in quarantine; if there
         are none and `may_preempt`, the last in rank gives up its own.
         """
         batch = self.decoding.batch()
         rows, missing = self.columns.missing_room(batch.slots, k)
         wanted = [-(-tokens // self.limits.page_size) for tokens in missing]
         taken = self.pool.take(sum(wanted))
-        starved = 0
+        self.starved = 0
         for row, count in zip(rows, wanted, strict=True):
             request = batch.requests[row]
             if taken is not None:
                 self._extend(request, taken[:count])
                 del taken[:count]
             elif request.phase is Phase.DECODING:  # not preempted for the sake of one before it
-                starved += not self._grow(request, count, may_preempt)
-        return starved
+                self.starved += not self._grow(request, count, may_preempt)
 
     def ready(self, k: int) -> tuple[Batch, int]:
         """The decoding rows that can take a step, and the most, up to k, that one of them can.
@@ -193,15 +193,20 @@ class Roster:
         are ENDING.
         """
         columns, batch = self.columns, self.decoding.batch()
-        steps = columns.steps(batch.slots, k)
-        if not steps.all():
-            kept = steps > 0
-            batch, steps = batch.kept(kept), steps[kept]
-        planned = columns.planned[batch.slots] + steps
+        most = 1
+        if k == 1 and not self.starved:
+            planned = columns.planned[batch.slots] + 1
+        else:
+            steps = columns.steps(batch.slots, k)
+            if not steps.all():
+                kept = steps > 0
+                batch, steps = batch.kept(kept), steps[kept]
+            most = int(steps.max(initial=0))
+            planned = columns.planned[batch.slots] + steps
         columns.planned[batch.slots] = planned
         for row in (planned == columns.end[batch.slots]).nonzero()[0].tolist():
             self._move(batch.requests[row], Phase.ENDING)
-        return batch, int(steps.max(initial=0))
+        return batch, most
 
     def _grow(self, request: Request, count: int, may_preempt: bool) -> bool:
         """Up to `count` more pages where there are not enough for everybody; False if starved."""

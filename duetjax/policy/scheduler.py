@@ -145,9 +145,10 @@ class Scheduler:
             return None
         if not (flights.has_room(Lane.DECODE) or flights.has_room(Lane.PREFILL)):
             return None
-        starved = roster.reserve(1, may_preempt=True) if flights.has_room(Lane.DECODE) else 0
+        if flights.has_room(Lane.DECODE):
+            roster.reserve(1, may_preempt=True)
         roster.admit(self.limits.max_num_batched_tokens)
-        rows = len(roster.decoding) - starved
+        rows = len(roster.decoding) - roster.starved
         rows = max(rows, int(flights.is_busy(Lane.DECODE)))  # their last steps are still running
         load = Load(rows, roster.prompt_tokens, self._details)
         if not (load.rows or load.prompt_tokens):

@@ -463,7 +463,7 @@ def test_an_interrupt_stops_orbax_and_leaves_nothing(tmp_path, monkeypatch):
         written.append(nbytes)
         if len(written) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-            assert stopped.wait(30)
+            assert stopped.wait(120)
 
     bar = convert_module._progress(0)
     monkeypatch.setattr(bar, "update", interrupt)

@@ -131,6 +131,7 @@ def test_greedy_continuations_equal_transformers_in_uneven_chunks_and_after_pree
         max_num_batched_tokens=37,
         page_size=PAGE,
         kv_cache_memory_bytes=pages * page_bytes,
+        enable_prefix_caching=False,  # or the prompts share their pages and nobody gives way
     )
     got, stats = generate(tmp_path, [prompt, prompt, prompt[:90], prompt], config)
     assert stats.preemptions > 0
