@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duetjax.policy.calibration import DISTRUST_ABOVE
-from duetjax.policy.durations import Step
 from duetjax.policy.foresight import Foresight
-from duetjax.policy.launch import Lane, Program, Split
+from duetjax.policy.launch import Program, Split
 from duetjax.policy.partition import Bounds, Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Duet, Load
+from duetjax.policy.roofline import Rows
 
 type Tokens = NDArray[np.int64]
 
@@ -58,32 +58,25 @@ def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[list[int], l
 
 def mixed_ms(foresight: Foresight, sizes: Sizes, details: Details, budget: int) -> float:
     """Milliseconds of one launch of all decoding rows and prompt chunks, `budget` tokens in all."""
-    rows = len(details.contexts)
-    new, cached = cut(details.prompts, budget - rows)
-    step = Step(
-        Lane.WHOLE,
-        None,
-        Program.PREFILL,
-        sizes.bucket(Program.PREFILL, rows + sum(new)),
-        np.array([1] * rows + new),
-        np.concatenate((details.contexts, np.array(cached, np.int64))),
-    )
-    return foresight.step_ms(step)
+    rows = Rows(1, details.contexts)
+    rows += Rows(*cut(details.prompts, budget - rows.count))
+    bucket = sizes.bucket(Program.PREFILL, int(rows.tokens))
+    return foresight.whole_ms(Program.PREFILL, bucket, rows)
 
 
 def candidates(
     foresight: Foresight, sizes: Sizes, details: Details, prompt_tokens: int
 ) -> Candidates:
     """Every split with its decode step, and a prefill launch of every bucket and of all tokens."""
-    rows, total = len(details.contexts), min(prompt_tokens, sizes.budget)
+    rows, total = Rows(1, details.contexts), min(prompt_tokens, sizes.budget)
     tokens = [size for size in sizes.prefill_buckets if size < total] + [total]
-    decode, contexts = sizes.bucket(Program.DECODE, rows), details.contexts
-    decode_ms = foresight.decode_on_splits(decode, contexts)
+    decode = sizes.bucket(Program.DECODE, rows.count)
+    decode_ms = foresight.decode_on_splits(decode, rows)
     prefill_ms = foresight.prefill_on_splits(
-        [(sizes.bucket(Program.PREFILL, size), *cut(details.prompts, size)) for size in tokens]
+        [(sizes.bucket(Program.PREFILL, n), Rows(*cut(details.prompts, n))) for n in tokens]
     )
-    alone = foresight.step_ms(Step(Lane.WHOLE, None, Program.DECODE, decode, 1, contexts))
-    return Candidates(rows, foresight.splits, decode_ms, tuple(tokens), prefill_ms, alone)
+    alone = foresight.whole_ms(Program.DECODE, decode, rows)
+    return Candidates(rows.count, foresight.splits, decode_ms, tuple(tokens), prefill_ms, alone)
 
 
 def bounds(sizes: Sizes, details: Details) -> Bounds:

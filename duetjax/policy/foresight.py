@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from duetjax.policy.calibration import Calibration
 from duetjax.policy.durations import Step
 from duetjax.policy.launch import Lane, Program
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
-from duetjax.policy.roofline import Attention, Floats, Roofline
-
-type Counts = NDArray[np.int64]
+from duetjax.policy.roofline import Attention, Floats, Roofline, Rows
 
 
 class Foresight:
@@ -29,7 +26,6 @@ class Foresight:
         self.calibration = calibration or Calibration(model.model, hardware.name)
         self.splits = hardware.splits()
         self._roofline = Roofline(model, hardware, attention=attention)
-        self._whole = np.array([hardware.cores])
         self._cores = {
             Lane.DECODE: np.array([split.decode for split in self.splits], np.int64),
             Lane.PREFILL: np.array([split.prefill for split in self.splits], np.int64),
@@ -53,27 +49,32 @@ class Foresight:
         """See `Durations`."""
         self.calibration.observe(step.lane, step.program, self._raw_ms(step), measured_ms)
 
-    def decode_on_splits(self, bucket: int, cached: Counts) -> Floats:
+    def whole_ms(self, program: Program, bucket: int, rows: Rows) -> float:
+        """Milliseconds of a step on the whole device."""
+        ms = self._roofline.ms_on(self._roofline.parts(program, bucket, rows), self.hardware.cores)
+        return ms * self.calibration.factor(Lane.WHOLE, program)
+
+    def decode_on_splits(self, bucket: int, rows: Rows) -> Floats:
         """Milliseconds [S] of a decode step beside prefill, on each of `splits`."""
-        work = self._roofline.work(Program.DECODE, bucket, 1, cached)
+        work = np.array(self._roofline.parts(Program.DECODE, bucket, rows))
         ms = self._roofline.ms(work, self._cores[Lane.DECODE], Lane.DECODE)
         return ms * self.calibration.factor(Lane.DECODE, Program.DECODE)
 
-    def prefill_on_splits(self, launches: Sequence[tuple[int, list[int], list[int]]]) -> Floats:
-        """Milliseconds [S, J] of prefill launches beside decode: (bucket, new, cached) of each."""
+    def prefill_on_splits(self, launches: Sequence[tuple[int, Rows]]) -> Floats:
+        """Milliseconds [S, J] of prefill launches beside decode: bucket and rows of each."""
         roofline, cores = self._roofline, self._cores[Lane.PREFILL]
-        works = [roofline.work(Program.PREFILL, *launch) for launch in launches]
-        if len({work.shape for work in works}) == 1:
+        works = [roofline.parts(Program.PREFILL, *launch) for launch in launches]
+        if len({len(flops) for flops, _ in works}) == 1:
             ms = roofline.ms(np.array(works), cores, Lane.PREFILL)
         else:
-            ms = np.stack([roofline.ms(work, cores, Lane.PREFILL) for work in works], axis=1)
+            each = [roofline.ms(np.array(work), cores, Lane.PREFILL) for work in works]
+            ms = np.stack(each, axis=1)
         return ms * self.calibration.factor(Lane.PREFILL, Program.PREFILL)
 
     def _raw_ms(self, step: Step) -> float:
-        work = self._roofline.work(step.program, step.bucket, step.new, step.cached)
-        cores, lane = self._whole, None
-        if step.split is not None and step.lane is not Lane.WHOLE:
-            lane = step.lane
-            side = step.split.decode if lane is Lane.DECODE else step.split.prefill
-            cores = np.array([side])
-        return float(self._roofline.ms(work, cores, lane)[0])
+        rows = Rows(step.new, step.cached)
+        parts = self._roofline.parts(step.program, step.bucket, rows)
+        if step.split is None or step.lane is Lane.WHOLE:
+            return self._roofline.ms_on(parts, self.hardware.cores)
+        side = step.split.decode if step.lane is Lane.DECODE else step.split.prefill
+        return self._roofline.ms_on(parts, side, step.lane)

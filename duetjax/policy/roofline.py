@@ -18,6 +18,7 @@ from duetjax.policy.launch import Lane, Program
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 
 type Floats = NDArray[np.float64]
+type Parts = tuple[list[float], list[float]]
 
 MOST_TOKENS = 2.0**40
 """Above every number of tokens that is meant; attention's square of it is still finite."""
@@ -102,15 +103,25 @@ class Roofline:
         A part takes the longer of its FLOPs' and its bytes' time. Arguments and errors as in
         `step_ms`, from which it is apart for whoever asks for one step on several lanes.
         """
-        rows = _Rows(new, cached)
+        return np.array(self.parts(program, bucket, Rows(new, cached)))
+
+    def parts(self, program: Program, bucket: int, rows: "Rows") -> Parts:
+        """The same as plain numbers: FLOPs of each part, and bytes of each."""
         if rows.tokens > bucket:
             raise ValueError(f"{rows.tokens:g} new tokens do not fit into {program} {bucket}")
         flops, num_bytes = self._curves[program].at(bucket)
         num_bytes += rows.tokens * self._bytes_per_key  # the keys and values that they write
         if self._attention is Attention.FUSED:
-            return np.array(((flops, num_bytes), self._sums(rows))).T
-        by_row = np.stack(self._by_row(rows.new, rows.cached))
-        return np.concatenate((((flops,), (num_bytes,)), by_row), 1)
+            of_rows, moved = self._sums(rows)
+            return [flops, of_rows], [num_bytes, moved]
+        by_row, moved_by_row = self._by_row(*rows.columns())
+        return [flops, *by_row.tolist()], [num_bytes, *moved_by_row.tolist()]
+
+    def ms_on(self, parts: Parts, cores: int, contended: Lane | None = None) -> float:
+        """Milliseconds of such a step on so many cores, 1 or more."""
+        per_flop, per_byte = (float(column[cores]) for column in self._ms_per_unit)
+        longest = sum(max(per_flop * f, per_byte * b) for f, b in zip(*parts, strict=True))
+        return longest * self._contention[contended] + self._launch_ms
 
     def ms(self, work: Floats, cores: ArrayLike, contended: Lane | None = None) -> Floats:
         """Milliseconds of such a step for each candidate number of cores [S], as `step_ms`.
@@ -143,7 +154,7 @@ class Roofline:
         moved = computed * self._bytes_per_query + context * self._bytes_per_key
         return pairs * self._flops_per_pair, moved
 
-    def _sums(self, rows: "_Rows") -> tuple[float, float]:
+    def _sums(self, rows: "Rows") -> tuple[float, float]:
         """The sums of `_by_row` over the rows, multiplied out: every array costs microseconds."""
         tokens, context = rows.tokens, rows.context + rows.tokens
         squares = (rows.squares + tokens) / 2 if self._causal else rows.squares
@@ -153,13 +164,14 @@ class Roofline:
         return pairs * self._flops_per_pair, moved
 
 
-class _Rows:
-    """The rows with new tokens, the others costing nothing; and sums over them.
+class Rows:
+    """The rows with new tokens, the others costing nothing; sums over them, which add up.
 
     tokens: new; context: cached; squares: of new; products: of new and cached.
     """
 
     def __init__(self, new: ArrayLike, cached: ArrayLike) -> None:
+        self._columns: list[tuple[ArrayLike, ArrayLike]]
         if isinstance(new, list) and isinstance(cached, list):
             self._add_up(new, cached)
             return
@@ -177,11 +189,25 @@ class _Rows:
             busy = np.broadcast_to(q, c.shape) > 0
             q, c = np.broadcast_to(q, c.shape)[busy], c[busy]
             self.context = float(np.add.reduce(c))
-        self.new, self.cached, self.count = q, c, len(c)
+        self._columns = [(q, c)]
+        self.count = len(c)
         if q.ndim:
             self.squares, self.products = float(q @ q), float(q @ c)
         else:
             self.squares, self.products = float(q) * self.tokens, float(q) * self.context
+
+    def __add__(self, other: "Rows") -> "Rows":
+        both = Rows([], [])
+        both._columns = self._columns + other._columns
+        for name in ("count", "tokens", "context", "squares", "products"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def columns(self) -> tuple[Floats, Floats]:
+        """New and cached tokens of each row."""
+        pairs = [np.broadcast_arrays(q, c) for q, c in self._columns]
+        new, cached = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        return new[new > 0].astype(np.float64), cached[new > 0].astype(np.float64)
 
     def _add_up(self, new: list[int], cached: list[int]) -> None:
         """The same for a few rows, where arrays would take longer than the sums."""
@@ -189,16 +215,21 @@ class _Rows:
             raise ValueError(
                 f"new and cached must be rows of one length: {len(new)}, {len(cached)}"
             )
-        rows = [(float(q), float(c)) for q, c in zip(new, cached, strict=True) if q != 0]
-        self.tokens, self.context = sum(q for q, _ in rows), sum(c for _, c in rows)
-        is_positive = all(q > 0 and c >= 0 for q, c in rows) and min(cached, default=0) >= 0
+        self.count, self.tokens, self.context, self.squares, self.products = 0, 0.0, 0.0, 0.0, 0.0
+        is_positive = True
+        for q, c in zip(new, cached, strict=True):
+            is_positive = is_positive and q >= 0 and c >= 0
+            if q != 0:
+                self.count += 1
+                self.tokens += q
+                self.context += c
+                self.squares += q * q
+                self.products += q * c
         if not (is_positive and self.tokens < MOST_TOKENS and self.context < MOST_TOKENS):
             raise ValueError(
                 f"new and cached must be from 0 to {MOST_TOKENS:g}, not {new} and {cached}"
             )
-        self.new, self.cached = np.array(rows).reshape(-1, 2).T
-        self.count = len(rows)
-        self.squares, self.products = sum(q * q for q, _ in rows), sum(q * c for q, c in rows)
+        self._columns = [(new, cached)]
 
 
 class _Curve:
