@@ -452,6 +452,15 @@ def test_a_write_that_fails_midway_is_one_line_and_leaves_nothing(good, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.fixture
+def interruptible():
+    """A process of several that run the tests ignores SIGINT; this one must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_orbax_and_leaves_nothing(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "hf")
     stopped = threading.Event()
