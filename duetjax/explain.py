@@ -21,7 +21,7 @@ from duetjax.policy.launch import Lane, Program
 from duetjax.policy.partition import Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Load
 from duetjax.policy.profiles import Basis, HardwareProfile, ModelProfile
-from duetjax.policy.roofline import Attention
+from duetjax.policy.roofline import Attention, Rows
 
 _PREFILL = re.compile(r"(\d{1,8})(?::(\d{1,8}))?", re.ASCII)
 _DECODE = re.compile(r"(\d{1,8})x(\d{1,8})", re.ASCII)
@@ -85,8 +85,9 @@ def explain(request: ExplainRequest) -> Explanation:
     policy = DuetPolicy(foresight, sizes)
     decision = policy.decide(Load(len(details.contexts), prompt_tokens, lambda: details))
     mixed_tokens = min(budget, len(details.contexts) + prompt_tokens)
-    found = candidates(foresight, sizes, details, prompt_tokens)
-    without_objective = replace(bounds(sizes, details), tbt_slo_ms=inf)
+    decoding, within = Rows(1, details.contexts), bounds(sizes, details, details.tbt_slo_ms)
+    found = candidates(foresight, sizes, details, decoding, within)
+    without_objective = replace(within, tbt_slo_ms=inf)
     alone = [choose(only(found, split), without_objective, None) for split in found.splits]
     chosen = policy.last_choice
     return Explanation(
@@ -96,7 +97,7 @@ def explain(request: ExplainRequest) -> Explanation:
         factor=foresight.calibration.factor(Lane.WHOLE, Program.PREFILL),
         mixed_tokens=mixed_tokens,
         mixed_bucket=sizes.bucket(Program.PREFILL, mixed_tokens),
-        mixed_ms=mixed_ms(foresight, sizes, details, budget),
+        mixed_ms=mixed_ms(foresight, sizes, details, decoding, budget),
         candidates=found,
         on_splits=tuple(
             [chosen if chosen and chosen.split == each.split else each for each in alone]

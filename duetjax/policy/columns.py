@@ -3,6 +3,7 @@
 With 256 running requests a loop over objects takes longer than a short decode step's planning may.
 """
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,12 +53,17 @@ class Columns:
 
     def append(self, slots: Slots, tokens: Tokens) -> None:
         """One more token for each slot."""
-        self.tokens[slots, self.length[slots]] = tokens
-        self.length[slots] += 1
+        length = self.length[slots]
+        self.tokens[slots, length] = tokens
+        self.length[slots] = length + 1
 
     def limit(self, slot: int) -> int:
         """First position that the slot may not feed."""
-        return int(min(self.end[slot], self.room[slot]))
+        return min(self.end.item(slot), self.room.item(slot))
+
+    def is_at_end(self, slot: int) -> bool:
+        """Whether all that the slot will ever feed is computed."""
+        return self.computed.item(slot) >= self.end.item(slot)
 
     def steps(self, slots: Slots, k: int) -> Slots:
         """How many of `k` steps each slot has the room and the right to take, from `planned` on."""
@@ -81,26 +87,18 @@ class Columns:
 class Batch:
     """Decoding rows in order of rank.
 
-    slots: twice, as each is at hand faster than it can be made. ids: of the requests. logprobs:
-    how many alternatives each wants; None for no logprobs.
+    slots: twice, as each is at hand faster than it can be made. ids: of the requests. is_scored:
+    whether any row's logprobs are asked for. wants_top: whether any asks for alternatives. slos:
+    of the rows that bring their own.
     """
 
     requests: tuple[Request, ...] = ()
     slots: Slots = field(default_factory=lambda: np.zeros(0, np.int64))
     slot_tuple: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
-    logprobs: tuple[int | None, ...] = ()
+    is_scored: bool = False
+    wants_top: bool = False
     slos: tuple[float, ...] = ()
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether any row's logprobs are asked for."""
-        return self.logprobs.count(None) < len(self.logprobs)
-
-    @property
-    def wants_top(self) -> bool:
-        """Whether any row asks for alternatives."""
-        return self.is_scored and any(self.logprobs)
 
     def kept(self, rows: NDArray[np.bool_]) -> "Batch":
         """Some of its rows."""
@@ -110,7 +108,8 @@ class Batch:
             self.slots[rows],
             tuple(compress(self.slot_tuple, some)),
             tuple(compress(self.ids, some)),
-            tuple(compress(self.logprobs, some)),
+            self.is_scored,
+            self.wants_top,
             self.slos,
         )
 
@@ -124,9 +123,9 @@ class Line:
     def __init__(self) -> None:
         self._ranks: list[Rank] = []
         self._requests: list[Request] = []
-        self._slots: list[int] = []
+        self._slots = array("q")
         self._ids: list[str] = []
-        self._logprobs: list[int | None] = []
+        self._num_scored = self._num_top = 0
         self._slos: list[float] = []
         self._batch: Batch | None = Batch()
 
@@ -149,7 +148,8 @@ class Line:
         self._requests.insert(at, request)
         self._slots.insert(at, request.slot)
         self._ids.insert(at, request.new.id)
-        self._logprobs.insert(at, request.new.sampling.logprobs)
+        self._num_scored += request.new.sampling.logprobs is not None
+        self._num_top += request.wants_top
         if request.new.tbt_slo_ms is not None:
             self._slos.append(request.new.tbt_slo_ms)
         self._batch = None
@@ -158,8 +158,9 @@ class Line:
         """Takes a request out."""
         at = bisect_left(self._ranks, request.rank)
         assert self._requests[at] is request, f"{request.new.id!r} is not in line"
-        for column in (self._ranks, self._requests, self._slots, self._ids, self._logprobs):
-            del column[at]
+        del self._ranks[at], self._requests[at], self._slots[at], self._ids[at]
+        self._num_scored -= request.new.sampling.logprobs is not None
+        self._num_top -= request.wants_top
         if request.new.tbt_slo_ms is not None:
             self._slos.remove(request.new.tbt_slo_ms)
         self._batch = None
@@ -169,10 +170,11 @@ class Line:
         if self._batch is None:
             self._batch = Batch(
                 tuple(self._requests),
-                np.array(self._slots, np.int64),
+                np.array(self._slots),
                 tuple(self._slots),
                 tuple(self._ids),
-                tuple(self._logprobs),
+                self._num_scored > 0,
+                self._num_top > 0,
                 tuple(self._slos),
             )
         return self._batch

@@ -3,10 +3,8 @@
 DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimiser.
 """
 
-from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
+from bisect import bisect_left
+from dataclasses import dataclass
 
 from duetjax.policy.calibration import DISTRUST_ABOVE
 from duetjax.policy.foresight import Foresight
@@ -15,11 +13,13 @@ from duetjax.policy.partition import Bounds, Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Duet, Load
 from duetjax.policy.roofline import Rows
 
-type Tokens = NDArray[np.int64]
-
 IN_FLIGHT = 2
 """Launches of the decode lane that a row handed over waits for: together no longer than one step
 may take. The lane is planned again and again while prefill runs, so k need not span all of it."""
+
+PREFILL_SIZES = 3
+"""Sizes of a prefill launch that are weighed: the throughput hardly differs among those it could
+take, but the one that ends in time on many cores is too long on few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Sizes:
         """The program that takes `size` rows or tokens."""
         decode = program is Program.DECODE
         buckets = self.decode_buckets if decode else self.prefill_buckets
-        return next(bucket for bucket in buckets if bucket >= size)
+        return buckets[bisect_left(buckets, size)]
 
 
 def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[list[int], list[int]]:
@@ -56,43 +56,54 @@ def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[list[int], l
     return new, cached
 
 
-def mixed_ms(foresight: Foresight, sizes: Sizes, details: Details, budget: int) -> float:
+def mixed_ms(
+    foresight: Foresight, sizes: Sizes, details: Details, decoding: Rows, budget: int
+) -> float:
     """Milliseconds of one launch of all decoding rows and prompt chunks, `budget` tokens in all."""
-    rows = Rows(1, details.contexts)
-    rows += Rows(*cut(details.prompts, budget - rows.count))
+    rows = decoding + Rows(*cut(details.prompts, budget - decoding.count))
     bucket = sizes.bucket(Program.PREFILL, int(rows.tokens))
     return foresight.whole_ms(Program.PREFILL, bucket, rows)
 
 
 def candidates(
-    foresight: Foresight, sizes: Sizes, details: Details, prompt_tokens: int
+    foresight: Foresight, sizes: Sizes, details: Details, decoding: Rows, bounds: Bounds
 ) -> Candidates:
-    """Every split with its decode step, and a prefill launch of every bucket and of all tokens."""
-    rows, total = Rows(1, details.contexts), min(prompt_tokens, sizes.budget)
+    """Every split with its decode step, and prefill launches of a few sizes.
+
+    These are what remains of the prompts, if little, or a bucket, the largest one that ends within
+    bounds.max_prefill_ms where prefill has most cores; the buckets below it, PREFILL_SIZES with it;
+    and the smallest one, for when decode can hardly wait.
+    """
+    total = min(sum(left for _, left in details.prompts), sizes.budget)
     tokens = [size for size in sizes.prefill_buckets if size < total] + [total]
-    decode = sizes.bucket(Program.DECODE, rows.count)
-    decode_ms = foresight.decode_on_splits(decode, rows)
-    prefill_ms = foresight.prefill_on_splits(
-        [(sizes.bucket(Program.PREFILL, n), Rows(*cut(details.prompts, n))) for n in tokens]
+    launches = [(sizes.bucket(Program.PREFILL, n), Rows(*cut(details.prompts, n))) for n in tokens]
+    while len(launches) > 1 and foresight.fastest_prefill_ms(*launches[-1]) > bounds.max_prefill_ms:
+        launches.pop()
+    del launches[1:-PREFILL_SIZES]
+    decode = sizes.bucket(Program.DECODE, decoding.count)
+    return Candidates(
+        decoding.count,
+        foresight.splits,
+        foresight.decode_on_splits(decode, decoding),
+        tuple([int(rows.tokens) for _, rows in launches]),
+        foresight.prefill_on_splits(launches),
+        foresight.whole_ms(Program.DECODE, decode, decoding),
     )
-    alone = foresight.whole_ms(Program.DECODE, decode, rows)
-    return Candidates(rows.count, foresight.splits, decode_ms, tuple(tokens), prefill_ms, alone)
 
 
-def bounds(sizes: Sizes, details: Details) -> Bounds:
+def bounds(sizes: Sizes, details: Details, tbt_slo_ms: float) -> Bounds:
     """What a choice among them must respect."""
     longest = sizes.max_prefill_ms
     return Bounds(
-        details.tbt_slo_ms,
+        tbt_slo_ms,
         max(1, min(sizes.max_k, details.max_k)),
         4 * details.tbt_slo_ms if longest is None else longest,
     )
 
 
-def with_margin(details: Details, foresight: Foresight) -> Details:
+def with_margin(tbt_slo_ms: float, foresight: Foresight) -> float:
     """The objective lowered by as much as predictions err: planned to the last, noise breaks it."""
-    error = min(foresight.median_error, DISTRUST_ABOVE)
-    return replace(details, tbt_slo_ms=details.tbt_slo_ms / (1 + error))
+    return tbt_slo_ms / (1 + min(foresight.median_error, DISTRUST_ABOVE))
 
 
 class AggregatedSlo:
@@ -104,14 +115,14 @@ class AggregatedSlo:
 
     def decide(self, load: Load) -> Decision:
         """The largest bucket whose launch keeps the objective; the smallest, if none does."""
-        sizes = self._sizes
+        foresight, sizes = self._foresight, self._sizes
         if not (load.rows and load.prompt_tokens):
             return Aggregate(sizes.budget)
-        details = with_margin(load.look(), self._foresight)
-        rows = len(details.contexts)
-        budgets = [min(size, sizes.budget) for size in sizes.prefill_buckets if size > rows]
+        details = load.look()
+        decoding, slo_ms = Rows(1, details.contexts), with_margin(details.tbt_slo_ms, foresight)
+        budgets = [min(size, sizes.budget) for size in sizes.prefill_buckets if size > load.rows]
         for budget in reversed(budgets[1:]):
-            if mixed_ms(self._foresight, sizes, details, budget) <= details.tbt_slo_ms:
+            if mixed_ms(foresight, sizes, details, decoding, budget) <= slo_ms:
                 return Aggregate(budget)
         return Aggregate(budgets[0])
 
@@ -133,27 +144,26 @@ class DuetPolicy:
 
     def decide(self, load: Load) -> Decision:
         """The tightest running objective decides; `partition.choose` says what it may come to."""
-        sizes = self._sizes
+        foresight, sizes = self._foresight, self._sizes
         owed, self._owed = self._owed, 0
         if not (load.rows and load.prompt_tokens):
             return Aggregate(sizes.budget)
-        if not self._foresight.is_trusted:
+        if not foresight.is_trusted:
             return self._halved(load, "distrusted")
-        details = with_margin(load.look(), self._foresight)
+        details = load.look()
         if not len(details.contexts):  # their last steps are still running
             return Aggregate(sizes.budget)
-        if mixed_ms(self._foresight, sizes, details, sizes.budget) <= details.tbt_slo_ms:
+        decoding, slo_ms = Rows(1, details.contexts), with_margin(details.tbt_slo_ms, foresight)
+        if mixed_ms(foresight, sizes, details, decoding, sizes.budget) <= slo_ms:
             return Aggregate(sizes.budget)
         if owed:
             return Aggregate(owed, decodes=False, why=Outcome.DECODE_ALONE)
-        self.last_choice = self._choose(load, details)
-        return self._decision(self.last_choice, load, details)
-
-    def _choose(self, load: Load, details: Details) -> Choice:
-        found = candidates(self._foresight, self._sizes, details, load.prompt_tokens)
+        within = bounds(sizes, details, slo_ms)
+        found = candidates(foresight, sizes, details, decoding, within)
         if details.split is not None:
             found = only(found, details.split)
-        return choose(found, bounds(self._sizes, details), self._previous)
+        self.last_choice = choose(found, within, self._previous)
+        return self._decision(self.last_choice, load, details)
 
     def _decision(self, choice: Choice, load: Load, details: Details) -> Decision:
         if choice.split is not None:

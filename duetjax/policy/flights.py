@@ -1,5 +1,6 @@
 """Launches in flight: how one is put together, what was foretold of it, and how long it took."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -128,7 +129,7 @@ class Flights:
         num_tokens = len(batch) + sum(chunk.count for chunk in chunks)
         program = Program.PREFILL if chunks else Program.DECODE
         buckets = self._limits.prefill_buckets if chunks else self._limits.decode_buckets
-        bucket = next(size for size in buckets if size >= num_tokens)
+        bucket = buckets[bisect_left(buckets, num_tokens)]
         columns.ticket[batch.slots] = ticket
         if chunks:
             columns.ticket[fed] = ticket
@@ -149,7 +150,7 @@ class Flights:
             wants_top=batch.wants_top or any(c.ends and c.request.wants_top for c in chunks),
             predicted_ms=predicted_ms,
             **_prefill_columns(batch, chunks, columns),
-            **deltas.take(lambda slot: columns.ticket.item(slot) == ticket),
+            **deltas.take(ticket, columns),
         )
         self._flights[ticket] = Flight(launch, batch, chunks, step, self.now)
         self._depth[lane] += 1
@@ -162,10 +163,12 @@ def _tokens(
     """Tokens that each row of a launch computes in a step, and has in KV before the first."""
     if not chunks:
         return 1, columns.planned[batch.slots] - k
-    new = [1] * len(batch) + [chunk.count for chunk in chunks]
-    starts = np.array([chunk.start for chunk in chunks], np.int64)
-    cached = np.concatenate((columns.planned[batch.slots] - k, starts))
-    return np.array(new, np.int64), cached
+    rows, size = len(batch), len(batch) + len(chunks)
+    new, cached = np.ones(size, np.int64), np.empty(size, np.int64)
+    new[rows:] = [chunk.count for chunk in chunks]
+    cached[:rows] = columns.planned[batch.slots] - k
+    cached[rows:] = [chunk.start for chunk in chunks]
+    return new, cached
 
 
 def _prefill_columns(batch: Batch, chunks: tuple[Chunk, ...], columns: Columns) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Foresight:
             Lane.DECODE: np.array([split.decode for split in self.splits], np.int64),
             Lane.PREFILL: np.array([split.prefill for split in self.splits], np.int64),
         }
+        self._most_prefill_cores = int(self._cores[Lane.PREFILL].max(initial=1))
 
     @property
     def is_trusted(self) -> bool:
@@ -59,6 +60,12 @@ class Foresight:
         work = np.array(self._roofline.parts(Program.DECODE, bucket, rows))
         ms = self._roofline.ms(work, self._cores[Lane.DECODE], Lane.DECODE)
         return ms * self.calibration.factor(Lane.DECODE, Program.DECODE)
+
+    def fastest_prefill_ms(self, bucket: int, rows: Rows) -> float:
+        """Milliseconds of a prefill launch beside decode where it has most cores."""
+        parts = self._roofline.parts(Program.PREFILL, bucket, rows)
+        ms = self._roofline.ms_on(parts, self._most_prefill_cores, Lane.PREFILL)
+        return ms * self.calibration.factor(Lane.PREFILL, Program.PREFILL)
 
     def prefill_on_splits(self, launches: Sequence[tuple[int, Rows]]) -> Floats:
         """Milliseconds [S, J] of prefill launches beside decode: bucket and rows of each."""

@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from duetjax.policy.launch import Split
 
 type _Floats = NDArray[np.float64]
-type _Mask = NDArray[np.bool_]
 
 _TIED = 1.0 - 1e-9  # of the best rate: below it the difference is no longer one of rounding
 _LARGEST = sys.float_info.max
@@ -128,12 +128,9 @@ class Choice:
         return f"decode meets {slo}: {run}, kept as another split's {best} are too little more"
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """Every cell worth trying: steps and rate (tokens/ms) [2, S, J], -inf where it may not run."""
-
-    steps: _Floats
-    rate: _Floats
+type _Cell = tuple[float, int, int, int, int, int]
+"""What could run: tokens per ms, then decode cores, prompt tokens and k, by which ties are broken,
+then the indices of split and prefill size."""
 
 
 def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Choice:
@@ -151,109 +148,96 @@ def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Ch
     nothing protects decode: it gets the largest share, and prompts the rest, so that they go on.
     """
     longest_ms = min(bounds.tbt_slo_ms, _LARGEST)
-    feasible = _runnable(candidates, bounds, longest_ms)
-    if feasible.any():
-        grid = _grid(candidates, bounds, feasible)
-        return _on_split(Outcome.SPLIT, candidates, bounds, grid, previous)
-    runnable = _runnable(candidates, bounds, _LARGEST)
-    if not runnable.any():
+    feasible = _cells(candidates, bounds, longest_ms)
+    if feasible:
+        return _on_split(Outcome.SPLIT, candidates, bounds, feasible, previous)
+    runnable = _cells(candidates, bounds, _LARGEST)
+    if not runnable:
         nothing = Outcome.UNPREDICTED, None, 0, 0, 0.0, 0.0, 0.0, 0.0
         return Choice(*nothing, bounds.tbt_slo_ms, candidates.whole_decode_ms)
     if 0 < candidates.whole_decode_ms <= longest_ms:
         return _alone(candidates, bounds, runnable)
-    grid = _grid(candidates, bounds, _largest_share(candidates.splits, runnable))
-    return _on_split(Outcome.LARGEST_DECODE_SHARE, candidates, bounds, grid, None)
+    share = _largest_share(runnable)
+    return _on_split(Outcome.LARGEST_DECODE_SHARE, candidates, bounds, share, None)
 
 
-def _runnable(candidates: Candidates, bounds: Bounds, longest_ms: float) -> _Mask:
-    """Cells [S, J] with usable times, decode steps up to `longest_ms`, and prefill as allowed."""
-    decode_ms, prefill_ms = candidates.decode_ms, candidates.prefill_ms
-    fits = prefill_ms <= min(bounds.max_prefill_ms, _LARGEST)
-    fits[:, :1] = prefill_ms[:, :1] <= _LARGEST
-    fits &= prefill_ms > 0
-    fits &= ((decode_ms > 0) & (decode_ms <= longest_ms))[:, None]
-    return fits
-
-
-def _grid(candidates: Candidates, bounds: Bounds, allowed: _Mask) -> _Grid:
-    """Both k worth trying for every split and size, and their rates.
+def _cells(candidates: Candidates, bounds: Bounds, longest_ms: float) -> list[_Cell]:
+    """The best k of every split and size with usable times, decode steps up to `longest_ms`.
 
     While k t_d <= t_p the rate (k T_d + T_p) / t_p grows with k; from k t_d >= t_p on it is
-    T_d / t_d + T_p / (k t_d) and falls. So the best k is next to t_p / t_d: its floor or one more
-    (one more than a floor that is exact falls, so never wins), or the end of [1, max_k] nearer it.
+    T_d / t_d + T_p / (k t_d) and falls. So the best k is next to t_p / t_d: its floor or one more,
+    or the end of [1, max_k] nearer it.
     """
-    decode_ms, tokens = candidates.decode_ms[:, None], np.array(candidates.prefill_tokens, float)
-    steps = np.empty((2, *allowed.shape))
-    with np.errstate(all="ignore"):  # cells that are not allowed may hold anything
-        np.floor(candidates.prefill_ms / decode_ms, out=steps[0])
-        np.add(steps[0], 1.0, out=steps[1])
-        np.minimum(steps, float(bounds.max_k), out=steps)
-        np.maximum(steps, 1.0, out=steps)
-        rate = steps * float(candidates.rows)
-        rate += tokens
-        rate /= np.maximum(steps * decode_ms, candidates.prefill_ms)
-    return _Grid(steps, np.where(allowed, rate, -math.inf))
+    cells: list[_Cell] = []
+    rows, max_k = candidates.rows, bounds.max_k
+    max_prefill_ms = min(bounds.max_prefill_ms, _LARGEST)
+    beside = zip(candidates.decode_ms.tolist(), candidates.prefill_ms.tolist(), strict=True)
+    for s, (decode_ms, prefills) in enumerate(beside):  # a loop: there are few, and arrays are slow
+        if not 0 < decode_ms <= longest_ms:
+            continue
+        cores = candidates.splits[s].decode
+        for j, prefill_ms in enumerate(prefills):
+            if not 0 < prefill_ms <= (max_prefill_ms if j else _LARGEST):
+                continue
+            tokens = candidates.prefill_tokens[j]
+            ratio = prefill_ms / decode_ms
+            if ratio < 1:
+                k, rate = 1, (rows + tokens) / decode_ms
+            elif ratio >= max_k:
+                k, rate = max_k, (max_k * rows + tokens) / prefill_ms
+            else:
+                k = int(ratio)
+                rate = (k * rows + tokens) / prefill_ms
+                longer = rows / decode_ms + tokens / ((k + 1) * decode_ms)
+                if longer >= rate * _TIED:
+                    k, rate = k + 1, longer
+            cells.append((rate, cores, tokens, k, s, j))
+    return cells
 
 
 def _on_split(
     outcome: Outcome,
     candidates: Candidates,
     bounds: Bounds,
-    grid: _Grid,
+    cells: list[_Cell],
     previous: Split | None,
 ) -> Choice:
-    """The best cell of a grid that has one, or of the previous split if that is good enough."""
-    rate, splits = grid.rate, candidates.splits
-    best = enough = float(rate.max())
-    if previous is not None and previous in splits:
-        kept = splits.index(previous)
-        kept_rate = float(rate[:, kept].max())
+    """The best of some cells, or of those of the previous split if they are good enough."""
+    best = enough = max(cells)[0]
+    if previous is not None and previous in candidates.splits:
+        at = candidates.splits.index(previous)
+        kept = [cell for cell in cells if cell[4] == at]
+        kept_rate = max(kept)[0] if kept else -math.inf
         if best * _TIED <= kept_rate * (1 + bounds.hysteresis):
-            enough = kept_rate
-            rate[:, :kept] = rate[:, kept + 1 :] = -math.inf
-    cell = _, s, j = _first(np.nonzero(rate >= enough * _TIED), candidates, grid)
+            cells, enough = kept, kept_rate
+    tied = [cell for cell in cells if cell[0] >= enough * _TIED]
+    rate, _, tokens, k, s, j = max(tied, key=itemgetter(1, 2, 3))
     return Choice(
         outcome,
-        splits[s],
-        int(grid.steps[cell]),
-        candidates.prefill_tokens[j],
+        candidates.splits[s],
+        k,
+        tokens,
         float(candidates.decode_ms[s]),
         float(candidates.prefill_ms[s, j]),
-        float(rate[cell]) * 1000,
+        rate * 1000,
         best * 1000,
         bounds.tbt_slo_ms,
         candidates.whole_decode_ms,
     )
 
 
-def _first(
-    tied: tuple[NDArray[np.intp], ...], candidates: Candidates, grid: _Grid
-) -> tuple[int, int, int]:
-    """Of equally good cells the one with more decode cores, then larger prefill, then larger k."""
-    which, s, j = tied
-    last = 0
-    if len(s) > 1:
-        cores = np.array([candidates.splits[row].decode for row in s])
-        tokens = np.array(candidates.prefill_tokens)[j]
-        last = int(np.lexsort((grid.steps[tied], tokens, cores))[-1])
-    return int(which[last]), int(s[last]), int(j[last])
+def _largest_share(cells: list[_Cell]) -> list[_Cell]:
+    """Those of the largest decode share with its smallest prefill."""
+    _, _, _, _, s, j = max(cells, key=lambda cell: (cell[1], -cell[5]))
+    return [cell for cell in cells if cell[4:] == (s, j)]
 
 
-def _largest_share(splits: tuple[Split, ...], runnable: _Mask) -> _Mask:
-    """The one cell of the largest decode share that can run, with its smallest prefill."""
-    able = np.flatnonzero(runnable.any(axis=1))
-    s = max(able, key=lambda row: splits[row].decode)
-    only = np.zeros_like(runnable)
-    only[s, runnable[s].argmax()] = True
-    return only
-
-
-def _alone(candidates: Candidates, bounds: Bounds, runnable: _Mask) -> Choice:
+def _alone(candidates: Candidates, bounds: Bounds, cells: list[_Cell]) -> Choice:
     """Decode on the whole device in turn with the smallest prefill that can run."""
     step_ms, slo = float(candidates.whole_decode_ms), float(bounds.tbt_slo_ms)
-    fastest = np.where(runnable, candidates.prefill_ms, math.inf).min(axis=0)
-    j = int((fastest < math.inf).argmax())
-    prefill_ms, tokens = float(fastest[j]), candidates.prefill_tokens[j]
+    j = min(cell[5] for cell in cells)
+    prefill_ms = min(float(candidates.prefill_ms[cell[4], j]) for cell in cells if cell[5] == j)
+    tokens = candidates.prefill_tokens[j]
     slack = slo - step_ms
     needed = prefill_ms / slack if slack > 0 else math.inf
     k = max(1, math.ceil(min(needed, bounds.max_k)))

@@ -6,7 +6,10 @@ tokens; nothing is trusted to a hash. It knows neither requests nor launches.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+type Place = tuple[Node | str, bytes]
+"""Where a page is in the tree: the page before it (the first has a salt), and its own tokens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -14,11 +17,9 @@ class Node:
     """A full page in the tree; num_users: requests whose chain it is in."""
 
     page: int
-    key: bytes
-    parent: "Node | None"
-    salt: str
+    place: Place
     num_users: int = 0
-    children: dict[bytes, "Node"] = field(default_factory=dict)
+    num_children: int = 0
 
 
 class PrefixCache:
@@ -29,7 +30,7 @@ class PrefixCache:
     """
 
     def __init__(self) -> None:
-        self._roots: dict[str, dict[bytes, Node]] = {}
+        self._nodes: dict[Place, Node] = {}
         self._idle: OrderedDict[int, Node] = OrderedDict()
         self._num_used = 0
 
@@ -46,13 +47,13 @@ class PrefixCache:
     def match(self, salt: str, keys: Sequence[bytes]) -> list[Node]:
         """The longest known path along `keys`; using its nodes is for the caller to say."""
         found: list[Node] = []
-        level = self._roots.get(salt, {})
+        before: Node | str = salt
         for key in keys:
-            node = level.get(key)
+            node = self._nodes.get((before, key))
             if node is None:
                 break
             found.append(node)
-            level = node.children
+            before = node
         return found
 
     def use(self, nodes: Iterable[Node]) -> None:
@@ -72,13 +73,15 @@ class PrefixCache:
         the new one takes its place. Returns those of `pages` that are the cache's now, and those
         that no longer are.
         """
-        parent = chain[-1] if chain else None
-        level = self._roots.setdefault(salt, {}) if parent is None else parent.children
-        taken, replaced = [], []
+        before: Node | str = chain[-1] if chain else salt
+        nodes, taken, replaced = self._nodes, [], []
         for key, page in zip(keys, pages, strict=True):
-            node = level.get(key)
+            place = (before, key)
+            node = nodes.get(place)
             if node is None:
-                node = level[key] = Node(page, key, parent, salt)
+                node = nodes[place] = Node(page, place)
+                if not isinstance(before, str):
+                    before.num_children += 1
                 taken.append(page)
             elif node.num_users == 0:
                 del self._idle[node.page]
@@ -88,7 +91,7 @@ class PrefixCache:
             self._num_used += node.num_users == 0
             node.num_users += 1
             chain.append(node)
-            parent, level = node, node.children
+            before = node
         return taken, replaced
 
     def leave(self, chain: Sequence[Node]) -> None:
@@ -104,23 +107,14 @@ class PrefixCache:
         evicted = []
         for _ in range(count):
             page, node = self._idle.popitem(last=False)
-            assert not node.children, f"page {page} would be evicted before its children"
-            if node.parent is not None:
-                del node.parent.children[node.key]
-            else:
-                level = self._roots[node.salt]
-                del level[node.key]
-                if not level:
-                    del self._roots[node.salt]
+            assert not node.num_children, f"page {page} would be evicted before its children"
+            before, _ = node.place
+            if not isinstance(before, str):
+                before.num_children -= 1
+            del self._nodes[node.place]
             evicted.append(page)
         return evicted
 
     def nodes(self) -> list[Node]:
         """All of them, for tests and for debugging."""
-        found: list[Node] = []
-        levels = list(self._roots.values())
-        while levels:
-            for node in levels.pop().values():
-                found.append(node)
-                levels.append(node.children)
-        return found
+        return list(self._nodes.values())

@@ -2,14 +2,11 @@
 
 from heapq import heappop, heappush
 
-from duetjax.policy.prefix_cache import Node
+from duetjax.policy.prefix_cache import Place
 from duetjax.policy.request import NewRequest, Phase, Rank, Request
 
 AGEING_SECONDS = 10.0
 """One step of priority is worth this much waiting, so that nothing waits for ever."""
-
-type Twin = tuple[Node | str, bytes]
-"""The next page of a prompt: the node before it (or the salt), and its tokens."""
 
 
 def rank(new: NewRequest, now: float, sequence: int) -> Rank:
@@ -26,7 +23,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[Rank, Request]] = []
-        self._computing: dict[Twin, list[Request]] = {}
+        self._computing: dict[Place, list[Request]] = {}
         self._num_waiting = 0
         self.num_tokens = 0  # of the prompts that wait
 
@@ -57,7 +54,7 @@ class WaitingQueue:
         self._num_waiting -= 1
         self.num_tokens -= len(request.new.prompt)
 
-    def put_off_first(self, twin: Twin) -> bool:
+    def put_off_first(self, twin: Place) -> bool:
         """Sets the first one aside if somebody computes `twin`, until `computed` says so."""
         others = self._computing.get(twin)
         if others is None:
@@ -65,14 +62,14 @@ class WaitingQueue:
         others.append(heappop(self._heap)[1])
         return True
 
-    def computing(self, twin: Twin) -> bool:
+    def computing(self, twin: Place) -> bool:
         """Somebody begins to compute a page; False if somebody else does already."""
         if twin in self._computing:
             return False
         self._computing[twin] = []
         return True
 
-    def computed(self, twin: Twin) -> None:
+    def computed(self, twin: Place) -> None:
         """The page is there, or never will be: whoever waits for it is back in line."""
         for request in self._computing.pop(twin):
             heappush(self._heap, (request.rank, request))

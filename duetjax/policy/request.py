@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duetjax.config import SamplingParams
-from duetjax.policy.prefix_cache import Node
+from duetjax.policy.prefix_cache import Node, Place
 
 
 class FinishReason(StrEnum):
@@ -172,7 +172,7 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     chain: list[Node] = field(default_factory=list)
-    twin: tuple[Node | str, bytes] | None = None
+    twin: Place | None = None
     keys: list[bytes] = field(default_factory=list)
     num_cached: int | None = None
     num_muted: int = 0

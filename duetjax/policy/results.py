@@ -11,7 +11,7 @@ from duetjax.policy.launch import Lane, Launch, RowFlag, StepResult
 from duetjax.policy.request import FinishReason, Phase, Request, StepOutputs, TokenLogprob
 from duetjax.policy.roster import Roster, slot_of
 
-_TAKEN = int(RowFlag.SAMPLED)
+_SAMPLED = int(RowFlag.SAMPLED)
 _BAD = int(RowFlag.NON_FINITE)
 _STOPPED = int(RowFlag.STOPPED)
 _ENDS = _BAD | _STOPPED
@@ -60,14 +60,16 @@ class Results:
 
     def _take_batch(self, batch: Batch, result: StepResult, out: _Outputs) -> None:
         columns, slots, flags = self._roster.columns, batch.slots, result.flags[: len(batch)]
-        takes = columns.takes[slots]
-        sampled = takes & ((flags & _TAKEN) != 0)
-        computed = columns.computed[slots] + sampled
-        columns.computed[slots] = computed
+        sampled = takes = columns.takes[slots]
+        unusual = (flags != _SAMPLED).nonzero()[0].tolist()
+        if unusual:
+            sampled = takes & ((flags & _SAMPLED) != 0)
+        columns.computed[slots] += sampled
         self._append(batch, sampled, result, out)
-        ended = (computed >= columns.end[slots]) | ((flags & _ENDS) != 0)
-        for row in (takes & ended).nonzero()[0].tolist():
-            self._end(batch.requests[row], int(flags[row]), out)
+        for row in unusual:  # whoever has come to its end is AT_LIMIT
+            request, flag = batch.requests[row], flags.item(row)
+            if takes[row] and (flag & _ENDS or columns.is_at_end(slot_of(request))):
+                self._end(request, flag, out)
 
     def _append(
         self, batch: Batch, sampled: NDArray[np.bool_], result: StepResult, out: _Outputs
@@ -116,12 +118,12 @@ class Results:
         roster.publish(request)
         if not chunk.ends:
             return
-        assert flags & _TAKEN, f"{request.new.id!r} sampled nothing: {flags}"
+        assert flags & _SAMPLED, f"{request.new.id!r} sampled nothing: {flags}"
         num_prompt = len(request.new.prompt)
         if columns.length[slot] + request.num_muted == num_prompt:
             self.prompt_tokens += num_prompt
         self._sampled(request, row, result, out)
-        if flags & _STOPPED or columns.computed[slot] >= columns.end[slot]:
+        if flags & _STOPPED or columns.is_at_end(slot):
             self._end(request, flags, out)
         elif launch.lane is Lane.PREFILL and request.phase is Phase.HANDING_OVER:
             roster.hand_over(request, launch.ticket)

@@ -170,8 +170,10 @@ class Rows:
     tokens: new; context: cached; squares: of new; products: of new and cached.
     """
 
+    __slots__ = ("_columns", "context", "count", "products", "squares", "tokens")
+
     def __init__(self, new: ArrayLike, cached: ArrayLike) -> None:
-        self._columns: list[tuple[ArrayLike, ArrayLike]]
+        self._columns: list[tuple[ArrayLike, ArrayLike]] = [(new, cached)]
         if isinstance(new, list) and isinstance(cached, list):
             self._add_up(new, cached)
             return
@@ -181,15 +183,11 @@ class Rows:
         fewest = np.minimum.reduce(q, None, initial=1)
         self.context = float(np.add.reduce(c))
         self.tokens = float(np.add.reduce(q)) if q.ndim else float(q) * len(c)
-        # NaN fails any comparison, and so does a sum with it or with infinity.
-        is_positive = fewest >= 0 and np.minimum.reduce(c, initial=0) >= 0
-        if not (is_positive and self.tokens < MOST_TOKENS and self.context < MOST_TOKENS):
-            raise ValueError(f"new and cached must be from 0 to {MOST_TOKENS:g}, not {q} and {c}")
+        self._check(fewest >= 0 and np.minimum.reduce(c, initial=0) >= 0)
         if fewest < 1:
             busy = np.broadcast_to(q, c.shape) > 0
             q, c = np.broadcast_to(q, c.shape)[busy], c[busy]
             self.context = float(np.add.reduce(c))
-        self._columns = [(q, c)]
         self.count = len(c)
         if q.ndim:
             self.squares, self.products = float(q @ q), float(q @ c)
@@ -197,10 +195,13 @@ class Rows:
             self.squares, self.products = float(q) * self.tokens, float(q) * self.context
 
     def __add__(self, other: "Rows") -> "Rows":
-        both = Rows([], [])
+        both = object.__new__(Rows)
         both._columns = self._columns + other._columns
-        for name in ("count", "tokens", "context", "squares", "products"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.count = self.count + other.count
+        both.tokens = self.tokens + other.tokens
+        both.context = self.context + other.context
+        both.squares = self.squares + other.squares
+        both.products = self.products + other.products
         return both
 
     def columns(self) -> tuple[Floats, Floats]:
@@ -215,21 +216,26 @@ class Rows:
             raise ValueError(
                 f"new and cached must be rows of one length: {len(new)}, {len(cached)}"
             )
-        self.count, self.tokens, self.context, self.squares, self.products = 0, 0.0, 0.0, 0.0, 0.0
+        count, tokens, context, squares, products = 0, 0.0, 0.0, 0.0, 0.0
         is_positive = True
         for q, c in zip(new, cached, strict=True):
             is_positive = is_positive and q >= 0 and c >= 0
             if q != 0:
-                self.count += 1
-                self.tokens += q
-                self.context += c
-                self.squares += q * q
-                self.products += q * c
+                count += 1
+                tokens += q
+                context += c
+                squares += q * q
+                products += q * c
+        self.count, self.tokens, self.context = count, tokens, context
+        self.squares, self.products = squares, products
+        self._check(is_positive)
+
+    def _check(self, is_positive: bool) -> None:
+        """NaN fails any comparison, and so does a sum with it or with infinity."""
         if not (is_positive and self.tokens < MOST_TOKENS and self.context < MOST_TOKENS):
             raise ValueError(
-                f"new and cached must be from 0 to {MOST_TOKENS:g}, not {new} and {cached}"
+                f"new and cached must be from 0 to {MOST_TOKENS:g}, not {self._columns}"
             )
-        self._columns = [(new, cached)]
 
 
 class _Curve:

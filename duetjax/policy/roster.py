@@ -5,8 +5,9 @@ others need its pages. Whoever leaves while launches in flight name its slot giv
 back when the last of them has completed.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from heapq import heappop, heappush
+from itertools import chain as joined
 from typing import Any
 
 from duetjax.policy.columns import Batch, Columns, Line
@@ -18,32 +19,35 @@ from duetjax.policy.request import Phase, Request
 
 
 class Deltas:
-    """What slots' next launches must tell the device."""
+    """What slots' next launches must tell the device.
+
+    pages: who has new ones has a new limit.
+    """
 
     def __init__(self) -> None:
         self.admitted: dict[int, Request] = {}
         self.pages: dict[int, list[tuple[int, int, int]]] = {}
-        self.limits: dict[int, int] = {}
         self.handovers: dict[int, Ticket] = {}
 
     def forget(self, slot: int) -> None:
         """The slot's owner leaves."""
-        for column in (self.admitted, self.pages, self.limits, self.handovers):
+        for column in (self.admitted, self.pages, self.handovers):
             column.pop(slot, None)
 
-    def take(self, is_named: Callable[[int], bool]) -> dict[str, Any]:
-        """The `Launch` fields that tell the device about the launch's slots; told once."""
-        if not (self.admitted or self.pages or self.limits or self.handovers):
+    def take(self, ticket: Ticket, columns: Columns) -> dict[str, Any]:
+        """The `Launch` fields that tell the device about launch `ticket`'s slots; told once."""
+        if not (self.admitted or self.pages or self.handovers):
             return {}
-        admitted = [slot for slot in self.admitted if is_named(slot)]
-        pages = [slot for slot in self.pages if is_named(slot)]
-        limits = [slot for slot in self.limits if is_named(slot)]
-        handovers = [slot for slot in self.handovers if is_named(slot)]
+        last = columns.ticket.item
+        admitted = [slot for slot in self.admitted if last(slot) == ticket]
+        extended = [slot for slot in self.pages if last(slot) == ticket]
+        handovers = [slot for slot in self.handovers if last(slot) == ticket]
+        pages = joined.from_iterable([self.pages.pop(slot) for slot in extended])
         return {
-            "admitted": tuple(_slot_params(self.admitted.pop(slot)) for slot in admitted),
-            "pages": tuple(entry for slot in pages for entry in self.pages.pop(slot)),
-            "limits": tuple((slot, self.limits.pop(slot)) for slot in limits),
-            "handovers": tuple((slot, self.handovers.pop(slot)) for slot in handovers),
+            "admitted": tuple([_slot_params(self.admitted.pop(slot)) for slot in admitted]),
+            "pages": tuple(pages),
+            "limits": tuple([(slot, columns.limit(slot)) for slot in extended]),
+            "handovers": tuple([(slot, self.handovers.pop(slot)) for slot in handovers]),
         }
 
 
@@ -89,13 +93,12 @@ class Roster:
     def unplanned(self, request: Request) -> tuple[int, int]:
         """What no launch has taken yet of a prefilling request: its first token, and how many."""
         slot = slot_of(request)
-        start = int(self.columns.planned[slot])
-        return start, int(self.columns.length[slot]) - start
+        start = self.columns.planned.item(slot)
+        return start, self.columns.length.item(slot) - start
 
     def num_unplanned(self, request: Request) -> int:
         """Known tokens of a prefilling request that no launch has taken yet."""
-        slot = slot_of(request)
-        return int(self.columns.length[slot] - self.columns.planned[slot])
+        return self.unplanned(request)[1]
 
     def add(self, request: Request) -> None:
         """A new request joins the line."""
@@ -157,7 +160,6 @@ class Roster:
         self.columns.open(slot, request.known, computed=cached, end=end, room=room)
         self.deltas.admitted[slot] = request
         self.deltas.pages[slot] = [(slot, i, page) for i, page in enumerate(request.pages)]
-        self.deltas.limits[slot] = self.columns.limit(slot)
         if request.num_cached is None:
             request.num_cached = cached
         self.prefix_queries += len(request.known)
@@ -231,7 +233,6 @@ class Roster:
         self.columns.room[slot] = len(request.pages) * self.limits.page_size
         entries = self.deltas.pages.setdefault(slot, [])
         entries += [(slot, first + i, page) for i, page in enumerate(taken)]
-        self.deltas.limits[slot] = self.columns.limit(slot)
 
     def _last(self) -> Request:
         """Who is preempted first; who is ending would give little."""
@@ -286,7 +287,7 @@ class Roster:
         if not request.pages:
             return  # preempted since
         size, slot, known = self.limits.page_size, slot_of(request), len(request.chain)
-        full = int(self.columns.computed[slot]) // size
+        full = self.columns.computed.item(slot) // size
         if self.limits.deterministic:  # decoding writes other last bits than prefilling
             full = min(full, len(request.new.prompt) // size)
         if full <= known or not self.limits.prefix_caching:
@@ -335,7 +336,7 @@ class Roster:
     def _leave(self, request: Request) -> None:
         """Gives pages and slot back, as soon as no launch in flight can write them."""
         slot = slot_of(request)
-        ticket: Ticket | None = int(self.columns.ticket[slot])
+        ticket: Ticket | None = self.columns.ticket.item(slot)
         if ticket not in self._in_flight:
             ticket = None
         self.publish(request)

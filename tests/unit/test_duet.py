@@ -26,6 +26,7 @@ from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.partition import Outcome
 from duetjax.policy.policies import Aggregate, Details, Duet, Load
+from duetjax.policy.roofline import Rows
 
 EXACT = calibrated(1.0)
 """Nothing observes into it: it may be shared."""
@@ -69,6 +70,10 @@ def prefill_ms(seen, split, tokens):
     return EXACT.step_ms(Step(Lane.PREFILL, split, Program.PREFILL, bucket, new, cached))
 
 
+def foreseen_ms(seen, budget):
+    return mixed_ms(EXACT, SIZES, seen, Rows(1, seen.contexts), budget)
+
+
 def alone(**changes):
     """Rows that keep the objective with the whole device for themselves and in no other way."""
     return load(slo=1.1 * whole_decode_ms(details(**changes)), **changes)
@@ -89,7 +94,7 @@ def test_a_mixed_launch_that_keeps_the_objective_takes_the_whole_budget(kind):
 
 
 def test_a_mixed_launch_exactly_as_long_as_the_objective_keeps_it():
-    slo = mixed_ms(EXACT, SIZES, details(), BUDGET)
+    slo = foreseen_ms(details(), BUDGET)
     assert isinstance(duet().decide(load(slo=slo)), Aggregate)
     assert isinstance(duet().decide(load(slo=0.999 * slo)), Duet)
 
@@ -99,7 +104,7 @@ def test_a_mixed_launch_is_foreseen_with_the_prompts_that_fit_beside_the_rows():
     seen = details(rows=4, context=9, prompts=prompts)
     new, cached = [1, 1, 1, 1, 5000, 3188], [9, 9, 9, 9, 100, 0]
     step = Step(Lane.WHOLE, None, Program.PREFILL, BUDGET, np.array(new), np.array(cached))
-    assert mixed_ms(EXACT, SIZES, seen, BUDGET) == EXACT.step_ms(step)
+    assert foreseen_ms(seen, BUDGET) == EXACT.step_ms(step)
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=5), st.integers(0, 300))
@@ -269,9 +274,9 @@ def test_a_choice_explains_itself_in_one_sentence(slo):
 
 def test_aggregated_slo_takes_the_largest_budget_that_keeps_the_objective():
     budget = AggregatedSlo(EXACT, SIZES).decide(load()).budget
-    assert mixed_ms(EXACT, SIZES, details(), budget) <= SOON_MS
+    assert foreseen_ms(details(), budget) <= SOON_MS
     larger = PREFILL_BUCKETS[PREFILL_BUCKETS.index(budget) + 1]
-    assert mixed_ms(EXACT, SIZES, details(), larger) > SOON_MS
+    assert foreseen_ms(details(), larger) > SOON_MS
 
 
 @pytest.mark.parametrize(("rows", "budget"), [(8, 128), (64, 128)])
@@ -338,7 +343,7 @@ def test_the_same_calls_are_decided_alike(calls):
 def test_a_decision_beyond_the_objective_is_one_of_the_optimiser_s(seen):
     policy = duet()
     decision = policy.decide(load(seen))
-    keeps = mixed_ms(EXACT, SIZES, seen, BUDGET) <= seen.tbt_slo_ms
+    keeps = foreseen_ms(seen, BUDGET) <= seen.tbt_slo_ms
     assert keeps == (policy.last_choice is None)
     assert decision.why == ("aggregated" if keeps else policy.last_choice.outcome)
     if isinstance(decision, Duet):

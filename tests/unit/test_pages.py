@@ -158,7 +158,7 @@ def test_the_cache_loses_the_least_recently_used_page_first():
     pool.cache.use(again)
     pool.give_back([again[0].page], again, None)
     assert pool.take(2) == [2, 3]
-    assert [node.key for node in pool.cache.nodes()] == [b"a"]
+    assert [node.place[1] for node in pool.cache.nodes()] == [b"a"]
 
 
 def test_a_page_is_evicted_after_those_that_follow_it():
