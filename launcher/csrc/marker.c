@@ -1,0 +1,84 @@
+/* Where XLA meets the launcher: the last operation of every program is a call of this handler.
+ *
+ * XLA initialises all operations of an executable before it enqueues any, so a capture that begins
+ * here at INITIALIZE misses nothing; its EXECUTE comes after everything else has been enqueued. The
+ * handler does nothing else, so that a program runs as if it had no marker unless it is armed. */
+#include "marker.h"
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "launcher.h"
+
+static xla_error *fail(const struct xla_call *call, int code, const char *message) {
+    struct xla_error_arguments arguments = {sizeof arguments, NULL, message, code};
+    return call->api->create_error(&arguments);
+}
+
+/* XLA asks a handler for the version it was written for. We use what versions have in common. */
+static bool is_query(const struct xla_call *call) {
+    struct xla_extension *extension = call->extension;
+    if (extension == NULL || extension->type != XLA_METADATA_EXTENSION)
+        return false;
+    struct xla_metadata *metadata = ((struct xla_metadata_extension *)extension)->metadata;
+    metadata->version.major = call->api->version.major;
+    metadata->version.minor = call->api->version.minor;
+    metadata->traits = 0;
+    return true;
+}
+
+static bool has_known_layout(const struct xla_call *call) {
+    return call->api->version.major == 0 &&
+           call->struct_size >= offsetof(struct xla_call, future) &&
+           call->api->struct_size >= sizeof *call->api;
+}
+
+/* The attribute `program`: which recording an execution belongs to. */
+static bool find_program(const struct xla_attributes *attributes, int64_t *program) {
+    static const char name[] = "program";
+    for (int64_t i = 0; i < attributes->size; i++) {
+        const struct xla_text *text = attributes->names[i];
+        if (text->length != sizeof name - 1 || memcmp(text->start, name, text->length) != 0)
+            continue;
+        const struct xla_scalar *scalar = attributes->values[i];
+        if (attributes->types[i] != XLA_SCALAR_ATTRIBUTE || scalar->type != XLA_S64)
+            return false;
+        memcpy(program, scalar->value, sizeof *program);
+        return true;
+    }
+    return false;
+}
+
+static xla_error *begin(struct xla_call *call, int64_t program) {
+    struct xla_stream_arguments arguments = {sizeof arguments, NULL, call->context, NULL};
+    xla_error *error = call->api->get_stream(&arguments);
+    if (error != NULL)
+        return error;
+    size_t count = (size_t)call->arguments.size;
+    duet_address *addresses = calloc(count + 1, sizeof *addresses);
+    if (addresses == NULL)
+        return fail(call, XLA_INTERNAL, "duetjax: no memory for a program's addresses");
+    for (size_t i = 0; i < count; i++)
+        addresses[i] = (uintptr_t)((struct xla_buffer *)call->arguments.values[i])->data;
+    int status = duet_capture_begin(program, arguments.stream, addresses, count);
+    free(addresses);
+    return status == DUET_OK ? NULL : fail(call, XLA_INTERNAL, duet_last_error());
+}
+
+xla_error *duet_marker(struct xla_call *call) {
+    if (is_query(call))
+        return NULL;
+    if (!has_known_layout(call))
+        return fail(call, XLA_FAILED_PRECONDITION,
+                    "duetjax: this version of jax is not known to the launcher; install another");
+    int64_t program;
+    if (!find_program(&call->attributes, &program))
+        return fail(call, XLA_FAILED_PRECONDITION,
+                    "duetjax: the marker needs an int64 attribute `program`");
+    if (call->stage == XLA_INITIALIZE)
+        return begin(call, program);
+    if (call->stage == XLA_EXECUTE && duet_capture_end(program) != DUET_OK)
+        return fail(call, XLA_INTERNAL, duet_last_error());
+    return NULL;
+}
