@@ -1,14 +1,20 @@
-"""Stand-ins for the kernels and the marker, so that programs compile for CUDA without either.
+"""Stand-ins for the kernels, so that programs compile for CUDA without them; and the marker.
 
 They have the kernels' signatures and aliases, so XLA plans buffers and schedules as it will with
 the real ones. None can run: a program that executes one fails. The handler is a ctypes callback,
-as XLA asks a handler for nothing but its version while it compiles (xla/ffi/api/c_api.h).
+as XLA asks a handler for nothing but its version while it compiles (xla/ffi/api/c_api.h). The
+marker is the launcher's own, unless that has not been built: then a stand-in takes its place.
 """
 
 import ctypes
 from functools import cache
 
 import jax
+
+try:
+    import duetjax._launcher as _launcher
+except ImportError:  # installed where there was no C compiler
+    _launcher = None  # type: ignore[assignment]
 
 MARKER = "duetjax_marker"
 WRITE_KV = "duetjax_write_kv"
@@ -101,11 +107,18 @@ def capsule() -> object:
     return made
 
 
+def marker_handlers() -> dict[str, object]:
+    """The marker's handlers by stage, as `jax.ffi.register_ffi_target` takes them."""
+    handler = capsule() if _launcher is None else _launcher.marker
+    return {"initialize": handler, "execute": handler}
+
+
 @cache
 def register_placeholders() -> None:
-    """Registers every stand-in for CUDA, once; not in a process that has the real ones."""
-    for name in (MARKER, WRITE_KV, DECODE_ATTENTION, PREFILL_ATTENTION):
-        jax.ffi.register_ffi_target(name, capsule(), platform="CUDA", api_version=1)
+    """Registers the marker and every stand-in for CUDA, once."""
+    jax.ffi.register_ffi_target(MARKER, marker_handlers(), platform="CUDA")
+    for name in (WRITE_KV, DECODE_ATTENTION, PREFILL_ATTENTION):
+        jax.ffi.register_ffi_target(name, capsule(), platform="CUDA")
 
 
 def mark(outputs: list[jax.Array]) -> list[jax.Array]:

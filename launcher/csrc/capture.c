@@ -58,6 +58,13 @@ static int begin(void *stream, const duet_address *outputs, size_t num_outputs) 
     return DUET_OK;
 }
 
+bool duet_capture_is_armed(int64_t id) {
+    pthread_mutex_lock(&capture.mutex);
+    bool is_armed = capture.phase != IDLE && capture.id == id;
+    pthread_mutex_unlock(&capture.mutex);
+    return is_armed;
+}
+
 int duet_capture_begin(int64_t id, void *stream, const duet_address *outputs, size_t num_outputs) {
     pthread_mutex_lock(&capture.mutex);
     int status = DUET_OK;

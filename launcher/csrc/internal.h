@@ -101,8 +101,9 @@ struct duet_program {
     bool is_checked;
     struct duet_range *private_ranges; /* memory that it uses and may not share */
     size_t num_private;
-    drv_graph_exec *graphs; /* [lane x num_splits] */
+    drv_graph_exec *graphs; /* [split x lane] */
     bool *is_built;
+    _Atomic uint64_t last_step[DUET_LANES]; /* that runs it */
 };
 
 /* errors.c */

@@ -197,6 +197,7 @@ static int launch(duet_program *program, enum duet_lane which, size_t split, uns
         }
     }
     *last = atomic_load(&lane->submitted);
+    atomic_store(&program->last_step[which], *last);
     return DUET_OK;
 }
 

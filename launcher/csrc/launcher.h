@@ -85,11 +85,14 @@ int duet_get_split(const duet_device *device, size_t index, struct duet_split *s
  * capture at a time in the process, and nothing else may run on XLA's stream meanwhile: it would be
  * recorded, or break the recording. The captured run executes nothing. */
 int duet_capture_arm(duet_device *device, int64_t id);
+/* Whether `id` has been armed; otherwise begin and end do nothing. */
+bool duet_capture_is_armed(int64_t id);
 int duet_capture_begin(int64_t id, void *stream, const duet_address *outputs, size_t num_outputs);
 int duet_capture_end(int64_t id);
 int duet_capture_take(duet_device *device, int64_t id, duet_program **program);
 int duet_capture_abort(duet_device *device);
 
+/* Waits for its own steps (5 s at most): what it uses may be freed behind it. */
 void duet_program_free(duet_program *program);
 struct duet_census duet_program_census(const duet_program *program);
 /* The addresses of the executable's outputs, as its marker saw them. */

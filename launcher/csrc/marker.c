@@ -34,9 +34,10 @@ static bool has_known_layout(const struct xla_call *call) {
            call->api->struct_size >= sizeof *call->api;
 }
 
-/* The attribute `program`: which recording an execution belongs to. */
+/* The attribute `program`: which recording an execution belongs to; 0 where there is none. */
 static bool find_program(const struct xla_attributes *attributes, int64_t *program) {
     static const char name[] = "program";
+    *program = 0;
     for (int64_t i = 0; i < attributes->size; i++) {
         const struct xla_text *text = attributes->names[i];
         if (text->length != sizeof name - 1 || memcmp(text->start, name, text->length) != 0)
@@ -47,7 +48,7 @@ static bool find_program(const struct xla_attributes *attributes, int64_t *progr
         memcpy(program, scalar->value, sizeof *program);
         return true;
     }
-    return false;
+    return true;
 }
 
 static xla_error *begin(struct xla_call *call, int64_t program) {
@@ -75,8 +76,8 @@ xla_error *duet_marker(struct xla_call *call) {
     int64_t program;
     if (!find_program(&call->attributes, &program))
         return fail(call, XLA_FAILED_PRECONDITION,
-                    "duetjax: the marker needs an int64 attribute `program`");
-    if (call->stage == XLA_INITIALIZE)
+                    "duetjax: the marker's attribute `program` must be an int64");
+    if (call->stage == XLA_INITIALIZE && duet_capture_is_armed(program))
         return begin(call, program);
     if (call->stage == XLA_EXECUTE && duet_capture_end(program) != DUET_OK)
         return fail(call, XLA_INTERNAL, duet_last_error());

@@ -4,6 +4,8 @@
 
 #include "internal.h"
 
+static const int64_t FREE_TIMEOUT_NS = 5 * (int64_t)1000000000;
+
 static int compare_uses(const void *a, const void *b) {
     const struct use *one = a, *other = b;
     if (one->address != other->address)
@@ -69,6 +71,8 @@ void duet_program_drop(duet_program *program) {
 
 void duet_program_free(duet_program *program) {
     duet_device *device = program->device;
+    for (int lane = 0; lane < DUET_LANES; lane++)
+        duet_wait(device, lane, atomic_load(&program->last_step[lane]), FREE_TIMEOUT_NS);
     int entered = duet_enter(device);
     if (entered != DUET_OK) /* closed or dead: there is a list to leave nevertheless */
         pthread_mutex_lock(&device->writer);
