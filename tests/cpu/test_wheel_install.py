@@ -12,11 +12,12 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_WHEEL_BYTES = 16 * 1024**2
+HAS_COMPILER = shutil.which("gcc", path="/usr/bin:/bin") is not None
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """The standard output of a command that knows nothing of this session's environment."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), **variables}
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
@@ -25,13 +26,32 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made from the sdist, which is made from a copy: files of earlier builds would get in here."""
-    tree = tmp_path_factory.mktemp("source") / "tree"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: files of earlier builds would get into a wheel."""
+    copy = tmp_path_factory.mktemp("source") / "tree"
     ignored = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build")
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*ignored, "dist"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*ignored, "dist", "*.so"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """Made from the sdist."""
     run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
     (built,) = tree.glob("dist/*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def bare_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made where the C compiler fails."""
+    folder = tmp_path_factory.mktemp("bare")
+    run(
+        *(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, tree),
+        cwd=folder,
+        CC="/bin/false",
+    )
+    (built,) = folder.glob("*.whl")
     return built
 
 
@@ -69,6 +89,11 @@ def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "env/bin"
 
 
+def held(wheel: Path) -> set[str]:
+    """The files in a wheel, without its own description."""
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
 def test_the_wheel_holds_every_module_preset_and_demo_file_and_nothing_else(wheel: Path) -> None:
     def files(folder: str, pattern: str) -> set[str]:
         return {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)}
@@ -76,8 +101,37 @@ def test_the_wheel_holds_every_module_preset_and_demo_file_and_nothing_else(whee
     demo = {f"duetjax/demo/{path.name}" for path in (ROOT / "checkpoints/demo").glob("*.*")}
     code = files("duetjax", "**/*.py") | files("pallas_kernels", "**/*.py")
     expected = code | demo | files("duetjax", "presets/**/*.json") | {"duetjax/py.typed"}
+    launcher = {"duetjax/_launcher.pyi"} | (
+        {"duetjax/_launcher.abi3.so"} if HAS_COMPILER else set()
+    )
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == expected
+    assert held == expected | launcher
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler here")
+def test_one_wheel_serves_every_python_from_3_12_on(wheel: Path, scripts: Path) -> None:
+    assert "-cp312-abi3-" in wheel.name
+    show = "from duetjax import _launcher; print(_launcher.Device.__name__)"
+    assert run(scripts / "python", "-c", show, cwd=scripts.parent) == "Device\n"
+
+
+def test_without_a_compiler_all_but_the_launcher_is_there(bare_wheel: Path, wheel: Path) -> None:
+    assert held(wheel) - held(bare_wheel) <= {"duetjax/_launcher.abi3.so"}
+    assert "duetjax/_launcher.abi3.so" not in held(bare_wheel)
+
+
+def test_doctor_says_that_the_launcher_is_missing(bare_wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(bare_wheel).extractall(tmp_path)
+    doctor = run(
+        *(sys.executable, "-m", "duetjax.cli", "doctor"),
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+        JAX_PLATFORMS="cpu",
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+    )
+    (line,) = [line for line in doctor.splitlines() if line.startswith("launcher")]
+    assert "not built" in line
+    assert "install a C compiler" in line
 
 
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:
