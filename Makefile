@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-device lock newest
+.PHONY: help setup demo test lint types check-native check-device gpu-check lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -31,6 +31,16 @@ lint: $(VENV)/.installed-dev  ## ruff's rules and format
 
 types: $(VENV)/.installed-dev  ## mypy --strict
 	$(PY) -m mypy
+
+check-native: $(VENV)/.installed-dev  ## the launcher's C against a fake driver, sanitized; FULL=1: TSan too
+	@command -v $(CC) >/dev/null || { echo "check-native: skipped, no C compiler"; exit 0; } && \
+		$(MAKE) --no-print-directory -C tests/native check FULL=$(FULL) SITE="$$($(PY) -c \
+			'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake: without one; PYTHON= chooses
+	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results
+PYTHON ?= python3
+BACKEND ?= cuda
 
 check-device: $(VENV)/.installed-dev  ## compile every program for GPUs that are absent, renew the table
 	$(PY) tests/cpu/device_table.py
@@ -55,7 +65,9 @@ endif
 
 # An interrupted installer leaves packages that only look installed. So it runs while the stamps are
 # away, and a set-up that finds no stamp starts from an empty environment.
-.venv/.installed: pyproject.toml requirements.lock
+LAUNCHER := setup.py $(wildcard launcher/csrc/*)
+
+.venv/.installed: pyproject.toml requirements.lock $(LAUNCHER)
 	[[ -e $@ ]] || { python=$$(.ci/python) && rm -rf .venv && $(new_venv) .venv; }
 	rm -f .venv/.installed .venv/.installed-dev
 	$(install) --no-deps --require-hashes -r requirements.lock

@@ -17,9 +17,9 @@ class Device:
         splits: Sequence[int],
         libcuda: str | None = None,
         ordinal: int = 0,
-        result_size: int = 65536,
+        result_bytes: int = 65536,
         result_slots: int = 64,
-        staging_size: int = 1048576,
+        staging_bytes: int = 1048576,
         replay_lists: bool = False,
     ) -> Self: ...
     @property

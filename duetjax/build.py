@@ -26,21 +26,23 @@ from duetjax.checkpoint.source import (
     resolve_model,
 )
 from duetjax.checkpoint.weights import read_weights
-from duetjax.config import ConfigError, EngineConfig, ModelConfig, PolicyName, SamplingParams
+from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.host import free_host_memory, host_memory
 from duetjax.model.decoder import Definition
-from duetjax.policy.launch import Program, Split
+from duetjax.planning import make_planning, read_profiles
+from duetjax.policy.launch import Program
 from duetjax.policy.limits import SchedulerLimits
-from duetjax.policy.policies import Aggregated, Policy, PrefillFirst, StaticSplit
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler
 from duetjax.runtime import compilations
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import Executables, JaxDevice
 from duetjax.runtime.in_order import InOrder
+from duetjax.runtime.measured_profile import measured_profile
 from duetjax.runtime.memory import DeviceMemory, MemoryPlan, check_free, kv_bytes, plan_memory
 from duetjax.runtime.programs import Buckets, Programs, Upkeep
+from duetjax.runtime.shape_profile import shape_profile
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
 from duetjax.runtime.target import Target, check_options, local_target
@@ -131,7 +133,8 @@ def build_engine(
 ) -> tuple[EngineClient, MemoryPlan]:
     """An engine that has its weights and programs and waits for `start`.
 
-    In this order: plan memory, load weights, compile (or find) every program, allocate.
+    In this order: plan memory, read profiles, load weights, compile (or find) every program,
+    allocate.
     """
     compilations.install()
     target = local_target()
@@ -144,14 +147,23 @@ def build_engine(
         plan.layout.num_pages,
         plan.layout.page_size,
     )
+    limits = _limits(engine, plan, programs.buckets)
+    shapes = shape_profile(source.name, source.config, programs)
+    profiles = read_profiles(engine, shapes)
     weights = _load_weights(source, programs, load_format, engine.seed)
     executables = _compile(programs, memory, engine)
     device = JaxDevice(programs, executables, programs.definition.ordered(weights))
-    scheduler = Scheduler(
-        _limits(engine, plan, programs.buckets),
-        _policy(engine),
+    if profiles is not None and profiles.model is shapes:
+        profiles = replace(profiles, model=measured_profile(shapes, device, profiles.hardware))
+    calibrations = default_folder().with_name("calibrations")
+    planning = make_planning(engine, profiles, limits, calibrations)
+    client = EngineClient(
+        Scheduler(limits, planning.policy, planning.pace),
+        InOrder(device),
+        vocab_size=source.config.vocab_size,
+        on_close=planning.close,
     )
-    return EngineClient(scheduler, InOrder(device), vocab_size=source.config.vocab_size), plan
+    return client, plan
 
 
 def _plan(
@@ -196,16 +208,6 @@ def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
     if engine.deterministic:
         decode, prefill = decode[-1:], prefill[-1:]
     return Buckets(tuple(decode), tuple(prefill), engine.max_num_seqs)
-
-
-def _policy(engine: EngineConfig) -> Policy:
-    """The object that --policy names."""
-    budget = engine.max_num_batched_tokens
-    if engine.policy == PolicyName.PREFILL_FIRST:
-        return PrefillFirst(budget)
-    if engine.policy == PolicyName.STATIC_SPLIT:
-        return StaticSplit(budget, Split(*engine.split), engine.look_ahead)
-    return Aggregated(budget)
 
 
 def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> SchedulerLimits:

@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds to finish in"
     )
+    serve.add_argument(
+        "--max-num-queued-reqs",
+        type=int,
+        default=256,
+        metavar="N",
+        help="so many may wait for a slot, others get 429; 0: nobody waits; default: 256",
+    )
     _add_engine_flags(serve)
     serve.set_defaults(run=_serve)
 
@@ -140,7 +147,7 @@ def _add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     compile_ = commands.add_parser(
         "compile", help="compile a model for a GPU that need not be there, and profile it"
     )
-    compile_.add_argument("--model", required=True, help="preset name, folder or hub id")
+    compile_.add_argument("--model", help="preset name, folder or hub id; default: the demo")
     compile_.add_argument("--gpu", required=True, metavar="NAME", help="any name lists the known")
     compile_.add_argument(
         "--profile", type=Path, required=True, metavar="FILE", help="where to write what it costs"
@@ -186,7 +193,26 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--split", type=_split, default=default.split, help="static-split: DECODE/PREFILL cores"
     )
     group.add_argument(
-        "--look-ahead", type=int, default=default.look_ahead, help="static-split: decode steps"
+        "--look-ahead",
+        type=int,
+        default=default.look_ahead,
+        help="decode steps a launch: with static-split always, with duet at most",
+    )
+    group.add_argument(
+        "--tbt-slo-ms",
+        type=float,
+        default=default.tbt_slo_ms,
+        help="longest time between tokens, where a request names none; default: %(default)g",
+    )
+    group.add_argument(
+        "--hardware-profile",
+        metavar="NAME|FILE",
+        help="foretell launches by it; aggregated-slo and duet need one",
+    )
+    group.add_argument(
+        "--model-profile",
+        metavar="FILE",
+        help="what the model costs; default: a shipped one, else its programs are timed",
     )
 
 
@@ -287,13 +313,17 @@ def _serve(args: argparse.Namespace) -> int:
 
     if args.model and args.model_flag:
         raise ConfigError("name the model once: as an argument or with --model")
+    if args.max_num_queued_reqs < 0:
+        raise ConfigError(f"--max-num-queued-reqs {args.max_num_queued_reqs} must be at least 0")
     request = ModelRequest(
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
     with bind(args.host, args.port) as listener:
         model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
         service = _service(model, args.served_model_name or [model.name])
-        service = replace(service, api_key=args.api_key)
+        service = replace(
+            service, api_key=args.api_key, max_num_queued_reqs=args.max_num_queued_reqs
+        )
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
         try:
             server.run(lambda line: print(line, flush=True))
@@ -383,10 +413,23 @@ def _doctor(_args: argparse.Namespace) -> int:
         print(f"{package:12} {importlib.metadata.version(package)}")
     print(f"devices      {', '.join(map(str, jax.devices()))} ({os.cpu_count()} cores)")
     print("attention    plain XLA, paged")
-    print("launcher     none: launches run as plain JAX calls, one after another")
+    print(f"launcher     {_launcher_status()}; launches run as plain JAX calls, one after another")
     print(f"presets      {', '.join(preset_names())}")
     print(f"demo         {resolve_model(None).folder}")
     return 0
+
+
+def _launcher_status() -> str:
+    """What is there of the launcher, and what is missing."""
+    try:
+        import duetjax._launcher as _launcher
+    except ImportError as error:
+        return f"not built ({error}): install a C compiler, then duetjax anew"
+    try:
+        _launcher.Device([]).close()
+    except _launcher.LauncherError as error:
+        return f"built, but {error}"
+    return "built"
 
 
 @contextmanager

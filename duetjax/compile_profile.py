@@ -27,9 +27,12 @@ _MOST_TOKENS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """The flags of `duetjax compile`; decode, prefill: buckets in any order, None for the usual."""
+    """The flags of `duetjax compile`.
 
-    model: str
+    model: None is the demo. decode, prefill: buckets in any order, None for the usual.
+    """
+
+    model: str | None
     gpu: str
     file: Path
     decode: Sequence[int] | None = None

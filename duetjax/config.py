@@ -6,6 +6,7 @@ Imports the standard library only; every other module may import this one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from reprlib import repr as short  # values of hostile files may be megabytes long
 from typing import Any, Self, cast
 
@@ -287,8 +288,11 @@ class PolicyName(StrEnum):
     AGGREGATED = "aggregated"
     PREFILL_FIRST = "prefill-first"
     STATIC_SPLIT = "static-split"
+    AGGREGATED_SLO = "aggregated-slo"
+    DUET = "duet"
 
 
+_DETERMINISTIC = (PolicyName.AGGREGATED, PolicyName.PREFILL_FIRST)
 _INTEGERS = (  # fields of EngineConfig
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
     *("kv_cache_memory_bytes", "seed", "look_ahead"),
@@ -307,8 +311,11 @@ class EngineConfig:
     gpu_memory_utilization, a share of its memory. deterministic: the same request gives the same
     tokens, bit for bit, alone and in any company; slower. enable_prefix_caching: keep the KV of
     ended requests for others that begin alike. policy: how prefill and decode share the device;
-    with static-split, split (SMs or cores for decode and for prefill) and look_ahead (decode steps
-    per launch).
+    with static-split, split (SMs or cores for decode and for prefill). look_ahead: decode steps
+    per launch with static-split, the most of them with duet. tbt_slo_ms: objective for the time
+    between tokens of requests that bring none. hardware_profile: a shipped name or a file, by which
+    launches are foretold; aggregated-slo and duet need one. model_profile: a file; None is the
+    shipped one of the model's name, and without one programs are timed at start.
     """
 
     max_model_len: int | None = None
@@ -324,6 +331,9 @@ class EngineConfig:
     policy: str = PolicyName.AGGREGATED
     split: tuple[int, int] = (1, 1)
     look_ahead: int = 8
+    tbt_slo_ms: float = 50.0
+    model_profile: str | Path | None = None
+    hardware_profile: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -332,8 +342,15 @@ class EngineConfig:
                 raise ConfigError(f"{flag(name)} {value!r} must be an integer")
         if self.policy not in list(PolicyName):
             raise ConfigError(f"--policy {self.policy}: choose {', '.join(PolicyName)}")
-        if self.deterministic and self.policy == PolicyName.STATIC_SPLIT:
+        if self.deterministic and self.policy not in _DETERMINISTIC:
             raise ConfigError("--deterministic has launches of its own; leave --policy out")
+        for name in ("model_profile", "hardware_profile"):
+            if not isinstance(getattr(self, name), str | Path | None):
+                raise ConfigError(f"{flag(name)} {getattr(self, name)!r} must be a name or a file")
+        if not _is_number(self.tbt_slo_ms, 1e-3, 1e9):
+            raise ConfigError(
+                f"--tbt-slo-ms {self.tbt_slo_ms}: give milliseconds from 0.001 to 10^9"
+            )
         if min(self.split) < 1 or len(self.split) != 2:
             raise ConfigError(f"--split {self.split}: give both sides at least 1, as in 32/100")
         if not 1 <= self.look_ahead <= MAX_LOOK_AHEAD:

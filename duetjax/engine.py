@@ -46,7 +46,8 @@ class EngineClient:
     request gets exactly one output with a finish reason, whatever happens to the engine; the one
     exception is under `start`.
 
-    vocab_size bounds the token ids of prompts. clock: seconds, monotonic.
+    vocab_size bounds the token ids of prompts. clock: seconds, monotonic. on_close: called once, on
+    the engine thread, after its last launch.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class EngineClient:
         *,
         vocab_size: int,
         clock: Callable[[], float] = time.monotonic,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler  # after start(), touched by the engine thread alone
         self._limits = scheduler.limits
         self._vocab_size = vocab_size
         self._clock = clock
+        self._on_close = on_close
         # The thread owns the executor: device memory is free once it has ended.
         self._thread = threading.Thread(
             target=self._run, args=(executor,), name="duetjax-engine", daemon=True
@@ -117,6 +120,16 @@ class EngineClient:
     def stats(self) -> Stats:
         """The scheduler as of the last step's end, never older than the last outputs."""
         return self._stats
+
+    @property
+    def num_slots(self) -> int:
+        """How many requests can run at once."""
+        return self._limits.num_slots
+
+    @property
+    def num_live(self) -> int:
+        """Requests submitted and without a final output yet, those of this moment included."""
+        return len(self._live)
 
     @property
     def failure(self) -> BaseException | None:
@@ -207,6 +220,7 @@ class EngineClient:
             _log.critical("the engine failed and takes no more requests", exc_info=failure)
             self._fail(failure.with_traceback(None))  # its frames hold the executor
         executor.close()
+        self._on_close()
 
     def _serve(self, executor: Executor) -> None:
         """Round after round until shutdown, then until nothing is in flight."""

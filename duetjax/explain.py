@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from reprlib import repr as short
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.config import ConfigError
-from duetjax.policy.duet import DuetPolicy, Sizes, bounds, candidates, mixed_ms, only
+from duetjax.policy.duet import DuetPolicy, Prospect, Sizes, bounds
 from duetjax.policy.foresight import Foresight
-from duetjax.policy.launch import Lane, Program
+from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.partition import Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Load
 from duetjax.policy.profiles import Basis, HardwareProfile, ModelProfile
-from duetjax.policy.roofline import Attention, Rows
+from duetjax.policy.roofline import Attention
 
 _PREFILL = re.compile(r"(\d{1,8})(?::(\d{1,8}))?", re.ASCII)
 _DECODE = re.compile(r"(\d{1,8})x(\d{1,8})", re.ASCII)
@@ -46,6 +48,22 @@ class ExplainRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Times:
+    """What was foreseen on every split: ms of a decode step [S], of prefill launches [S, J]."""
+
+    splits: Sequence[Split]
+    decode_ms: NDArray[np.float64]
+    prefill_tokens: Sequence[int]
+    prefill_ms: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, found: Candidates) -> Self:
+        """Of candidates, which were not asked for all of them yet."""
+        beside = [found.prefill_ms(s) for s in range(len(found.splits))]
+        return cls(found.splits, np.array(found.decode_ms), found.prefill_tokens, np.array(beside))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
     """Predictions for one load, and what `DuetPolicy` makes of them.
 
@@ -61,7 +79,7 @@ class Explanation:
     mixed_tokens: int
     mixed_bucket: int
     mixed_ms: float
-    candidates: Candidates
+    candidates: Times
     on_splits: tuple[Choice, ...]
     chosen: Choice | None
     decision: Decision
@@ -85,10 +103,14 @@ def explain(request: ExplainRequest) -> Explanation:
     policy = DuetPolicy(foresight, sizes)
     decision = policy.decide(Load(len(details.contexts), prompt_tokens, lambda: details))
     mixed_tokens = min(budget, len(details.contexts) + prompt_tokens)
-    decoding, within = Rows(1, details.contexts), bounds(sizes, details, details.tbt_slo_ms)
-    found = candidates(foresight, sizes, details, decoding, within)
-    without_objective = replace(within, tbt_slo_ms=inf)
-    alone = [choose(only(found, split), without_objective, None) for split in found.splits]
+    prospect = Prospect(foresight, sizes, details)
+    mixed_ms, within = prospect.mixed_ms(budget), bounds(sizes, details, inf)
+    found = prospect.candidates(within.max_prefill_ms, mixed_ms)
+    alone = []
+    for split in foresight.splits:
+        on_split = Prospect(foresight, sizes, replace(details, split=split))
+        each = on_split.candidates(within.max_prefill_ms, mixed_ms)
+        alone.append(choose(each, within, None))
     chosen = policy.last_choice
     return Explanation(
         model=model,
@@ -97,8 +119,8 @@ def explain(request: ExplainRequest) -> Explanation:
         factor=foresight.calibration.factor(Lane.WHOLE, Program.PREFILL),
         mixed_tokens=mixed_tokens,
         mixed_bucket=sizes.bucket(Program.PREFILL, mixed_tokens),
-        mixed_ms=mixed_ms(foresight, sizes, details, decoding, budget),
-        candidates=found,
+        mixed_ms=mixed_ms,
+        candidates=Times.of(found),
         on_splits=tuple(
             [chosen if chosen and chosen.split == each.split else each for each in alone]
         ),

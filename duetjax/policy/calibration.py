@@ -4,6 +4,7 @@ Factors are medians, so outliers move nothing, and bounded, so nothing runs away
 same measurements in the same order give the same factors; no clock.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ ERROR_WINDOW = 200
 FEWEST_ERRORS = 20
 """Fewer measurements say nothing about trust."""
 DISTRUST_ABOVE, TRUST_BELOW = 0.30, 0.20
+SLACK_QUANTILE, MOST_SLACK = 0.9, 2.0
 MOST_ERROR = 1e6
 """Errors are cut here: a measurement of nearly nothing must not make one that JSON cannot hold."""
 
@@ -47,6 +49,7 @@ class Calibration:
             key: _Window(FACTOR_WINDOW, [FIRST_FACTOR] * SEEDS) for key in product(Lane, Program)
         }
         self._errors = _Window(ERROR_WINDOW)
+        self._overruns = _Window(ERROR_WINDOW)
 
     def factor(self, lane: Lane, program: Program) -> float:
         """What to multiply the roofline's prediction by; 1.3 until there are measurements."""
@@ -56,6 +59,16 @@ class Calibration:
     def median_error(self) -> float:
         """Of the last 200 launches: |predicted - measured| / measured; 0 before the first."""
         return self._errors.median if len(self._errors) else 0.0
+
+    @property
+    def slack(self) -> float:
+        """How many times as long as predicted all but a tenth of the last 200 launches took.
+
+        From 1.0, and so it is before there are 20, to 2.0.
+        """
+        if len(self._overruns) < FEWEST_ERRORS:
+            return 1.0
+        return min(max(self._overruns.quantile(SLACK_QUANTILE), 1.0), MOST_SLACK)
 
     def observe(
         self, lane: Lane, program: Program, predicted_ms: float, measured_ms: float
@@ -71,6 +84,7 @@ class Calibration:
             return
         ratios = self._ratios[lane, program]
         self._errors.add(min(abs(ratios.median * (predicted_ms / measured_ms) - 1), MOST_ERROR))
+        self._overruns.add(min(measured_ms / (ratios.median * predicted_ms), MOST_SLACK))
         ratios.add(min(max(measured_ms / predicted_ms, LEAST_FACTOR), MOST_FACTOR))
         if len(self._errors) >= FEWEST_ERRORS:
             error = self._errors.median
@@ -86,6 +100,7 @@ class Calibration:
             "is_trusted": self.is_trusted,
             "ratios": {_name(key): list(window) for key, window in self._ratios.items()},
             "errors": list(self._errors),
+            "overruns": list(self._overruns),
         }
 
     @classmethod
@@ -95,7 +110,8 @@ class Calibration:
         `ConfigError` names `file` and the key at fault.
         """
         document = Document.open(value, file, cls.KIND, cls.VERSION)
-        document.only("kind", "version", "model", "hardware", "is_trusted", "ratios", "errors")
+        head = ("kind", "version", "model", "hardware", "is_trusted")
+        document.only(*head, "ratios", "errors", "overruns")
         for key, ours in (("model", model), ("hardware", hardware)):
             if (theirs := document.text(key)) != ours:
                 raise document.wrong(key, f"is {theirs!r}, but this is {ours!r}; remove the file")
@@ -104,6 +120,7 @@ class Calibration:
             raise document.wrong("is_trusted", f"must be true or false, not {short(trusted)}")
         calibration.is_trusted = trusted
         calibration._errors = _Window(ERROR_WINDOW, document.numbers("errors"))
+        calibration._overruns = _Window(ERROR_WINDOW, document.numbers("overruns"))
         ratios = document.part("ratios").only(*map(_name, calibration._ratios))
         for measured in calibration._ratios:
             kept = ratios.numbers(name := _name(measured), LEAST_FACTOR)
@@ -132,6 +149,10 @@ class _Window:
             del self._sorted[bisect_left(self._sorted, self._values[0])]
         self._values.append(value)
         insort(self._sorted, value)
+
+    def quantile(self, share: float) -> float:
+        """The least value that so large a share of them does not exceed."""
+        return self._sorted[math.ceil(share * len(self._sorted)) - 1]
 
     @property
     def median(self) -> float:

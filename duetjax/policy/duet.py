@@ -3,21 +3,19 @@
 DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimiser.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from duetjax.policy.calibration import DISTRUST_ABOVE
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Program, Split
 from duetjax.policy.partition import Bounds, Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Duet, Load
-from duetjax.policy.roofline import Rows
 
 IN_FLIGHT = 2
 """Launches of the decode lane that a row handed over waits for: together no longer than one step
 may take. The lane is planned again and again while prefill runs, so k need not span all of it."""
 
-PREFILL_SIZES = 3
+PREFILL_SIZES = 2
 """Sizes of a prefill launch that are weighed: the throughput hardly differs among those it could
 take, but the one that ends in time on many cores is too long on few."""
 
@@ -43,52 +41,54 @@ class Sizes:
         return buckets[bisect_left(buckets, size)]
 
 
-def cut(prompts: tuple[tuple[int, int], ...], tokens: int) -> tuple[list[int], list[int]]:
-    """The next `tokens` of prompts, given as (start, left): tokens of each, and before each."""
-    new: list[int] = []
-    cached: list[int] = []
-    for start, left in prompts:
-        if tokens <= 0:
-            break
-        new.append(min(left, tokens))
-        cached.append(start)
-        tokens -= new[-1]
-    return new, cached
+class Prospect:
+    """What one load is foreseen to take, together and apart."""
 
+    def __init__(self, foresight: Foresight, sizes: Sizes, details: Details) -> None:
+        self._foresight = foresight
+        self._sizes = sizes
+        self._details = details
+        self._rows = len(details.contexts)
+        self._decoding = foresight.decoding(details.contexts)
+        self._prompt_tokens = sum([left for _, left in details.prompts])
 
-def mixed_ms(
-    foresight: Foresight, sizes: Sizes, details: Details, decoding: Rows, budget: int
-) -> float:
-    """Milliseconds of one launch of all decoding rows and prompt chunks, `budget` tokens in all."""
-    rows = decoding + Rows(*cut(details.prompts, budget - decoding.count))
-    bucket = sizes.bucket(Program.PREFILL, int(rows.tokens))
-    return foresight.whole_ms(Program.PREFILL, bucket, rows)
+    def mixed_ms(self, budget: int) -> float:
+        """Milliseconds of one launch of all decoding rows and prompt chunks, `budget` tokens."""
+        [prompts] = self._foresight.prefixes(self._details.prompts, [budget - self._rows])
+        rows = self._decoding + prompts
+        bucket = self._sizes.bucket(Program.PREFILL, int(rows.tokens))
+        return self._foresight.whole_ms(Program.PREFILL, bucket, rows)
 
+    def candidates(self, longest_ms: float, mixed_ms: float) -> Candidates:
+        """Every split, or the episode's, with decode steps and prefill launches beside each other.
 
-def candidates(
-    foresight: Foresight, sizes: Sizes, details: Details, decoding: Rows, bounds: Bounds
-) -> Candidates:
-    """Every split with its decode step, and prefill launches of a few sizes.
+        The latter fill a bucket, or are what remains of the prompts: the largest one that would end
+        within `longest_ms` at the pace of a mixed launch under the whole budget, which parts of the
+        device hardly exceed; the next smaller ones, PREFILL_SIZES in all; and the smallest one, for
+        when decode can hardly wait.
+        """
+        foresight, details = self._foresight, self._details
+        mixed_tokens = min(self._sizes.budget, self._rows + self._prompt_tokens)
+        tokens = self._prefill_sizes(longest_ms / mixed_ms * mixed_tokens)
+        buckets = [self._sizes.bucket(Program.PREFILL, size) for size in tokens]
+        prompts = foresight.prefixes(details.prompts, tokens)
+        decode = self._sizes.bucket(Program.DECODE, self._rows), self._decoding
+        launches = list(zip(buckets, prompts, strict=True))
+        decode_ms, prefill_ms = foresight.beside(decode, launches, details.split)
+        return Candidates(
+            rows=self._rows,
+            splits=foresight.splits if details.split is None else (details.split,),
+            decode_ms=decode_ms,
+            prefill_tokens=tokens,
+            prefill_ms=prefill_ms,
+            whole_decode_ms=foresight.whole_ms(Program.DECODE, *decode),
+        )
 
-    These are what remains of the prompts, if little, or a bucket, the largest one that ends within
-    bounds.max_prefill_ms where prefill has most cores; the buckets below it, PREFILL_SIZES with it;
-    and the smallest one, for when decode can hardly wait.
-    """
-    total = min(sum(left for _, left in details.prompts), sizes.budget)
-    tokens = [size for size in sizes.prefill_buckets if size < total] + [total]
-    launches = [(sizes.bucket(Program.PREFILL, n), Rows(*cut(details.prompts, n))) for n in tokens]
-    while len(launches) > 1 and foresight.fastest_prefill_ms(*launches[-1]) > bounds.max_prefill_ms:
-        launches.pop()
-    del launches[1:-PREFILL_SIZES]
-    decode = sizes.bucket(Program.DECODE, decoding.count)
-    return Candidates(
-        decoding.count,
-        foresight.splits,
-        foresight.decode_on_splits(decode, decoding),
-        tuple([int(rows.tokens) for _, rows in launches]),
-        foresight.prefill_on_splits(launches),
-        foresight.whole_ms(Program.DECODE, decode, decoding),
-    )
+    def _prefill_sizes(self, most_tokens: float) -> tuple[int, ...]:
+        buckets, total = self._sizes.prefill_buckets, min(self._prompt_tokens, self._sizes.budget)
+        sizes = (*buckets[: bisect_left(buckets, total)], total)
+        end = bisect_right(sizes, most_tokens)
+        return sizes[:1] + sizes[max(1, end - PREFILL_SIZES) : end]
 
 
 def bounds(sizes: Sizes, details: Details, tbt_slo_ms: float) -> Bounds:
@@ -102,8 +102,8 @@ def bounds(sizes: Sizes, details: Details, tbt_slo_ms: float) -> Bounds:
 
 
 def with_margin(tbt_slo_ms: float, foresight: Foresight) -> float:
-    """The objective lowered by as much as predictions err: planned to the last, noise breaks it."""
-    return tbt_slo_ms / (1 + min(foresight.median_error, DISTRUST_ABOVE))
+    """The objective less what launches overrun: planned to the last, noise breaks it."""
+    return tbt_slo_ms / foresight.slack
 
 
 class AggregatedSlo:
@@ -119,10 +119,11 @@ class AggregatedSlo:
         if not (load.rows and load.prompt_tokens):
             return Aggregate(sizes.budget)
         details = load.look()
-        decoding, slo_ms = Rows(1, details.contexts), with_margin(details.tbt_slo_ms, foresight)
+        prospect = Prospect(foresight, sizes, details)
+        slo_ms = with_margin(details.tbt_slo_ms, foresight)
         budgets = [min(size, sizes.budget) for size in sizes.prefill_buckets if size > load.rows]
         for budget in reversed(budgets[1:]):
-            if mixed_ms(foresight, sizes, details, decoding, budget) <= slo_ms:
+            if prospect.mixed_ms(budget) <= slo_ms:
                 return Aggregate(budget)
         return Aggregate(budgets[0])
 
@@ -153,15 +154,15 @@ class DuetPolicy:
         details = load.look()
         if not len(details.contexts):  # their last steps are still running
             return Aggregate(sizes.budget)
-        decoding, slo_ms = Rows(1, details.contexts), with_margin(details.tbt_slo_ms, foresight)
-        if mixed_ms(foresight, sizes, details, decoding, sizes.budget) <= slo_ms:
+        prospect = Prospect(foresight, sizes, details)
+        slo_ms = with_margin(details.tbt_slo_ms, foresight)
+        mixed_ms = prospect.mixed_ms(sizes.budget)
+        if mixed_ms <= slo_ms:
             return Aggregate(sizes.budget)
         if owed:
             return Aggregate(owed, decodes=False, why=Outcome.DECODE_ALONE)
         within = bounds(sizes, details, slo_ms)
-        found = candidates(foresight, sizes, details, decoding, within)
-        if details.split is not None:
-            found = only(found, details.split)
+        found = prospect.candidates(within.max_prefill_ms, mixed_ms)
         self.last_choice = choose(found, within, self._previous)
         return self._decision(self.last_choice, load, details)
 
@@ -178,19 +179,6 @@ class DuetPolicy:
 
     def _halved(self, load: Load, why: str) -> Decision:
         return Aggregate(max(self._sizes.budget // 2, load.rows + 1), why=why)
-
-
-def only(candidates: Candidates, split: Split) -> Candidates:
-    """The candidates of one split: an episode's is fixed."""
-    at = candidates.splits.index(split)
-    return Candidates(
-        candidates.rows,
-        (split,),
-        candidates.decode_ms[at : at + 1],
-        candidates.prefill_tokens,
-        candidates.prefill_ms[at : at + 1],
-        candidates.whole_decode_ms,
-    )
 
 
 class Disaggregated:

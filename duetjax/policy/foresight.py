@@ -1,14 +1,18 @@
 """What steps will take on this device: the roofline, corrected by what launches have taught."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.policy.calibration import Calibration
 from duetjax.policy.durations import Step
-from duetjax.policy.launch import Lane, Program
+from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
-from duetjax.policy.roofline import Attention, Floats, Roofline, Rows
+from duetjax.policy.roofline import Attention, Roofline, Rows
+
+type Launched = tuple[int, Rows]
+"""A bucket and the rows in it."""
 
 
 class Foresight:
@@ -26,11 +30,12 @@ class Foresight:
         self.calibration = calibration or Calibration(model.model, hardware.name)
         self.splits = hardware.splits()
         self._roofline = Roofline(model, hardware, attention=attention)
-        self._cores = {
-            Lane.DECODE: np.array([split.decode for split in self.splits], np.int64),
-            Lane.PREFILL: np.array([split.prefill for split in self.splits], np.int64),
+        per_unit = self._roofline.per_unit
+        self._whole = per_unit(hardware.cores)
+        self._beside = {
+            split: (per_unit(split.decode, Lane.DECODE), per_unit(split.prefill, Lane.PREFILL))
+            for split in self.splits
         }
-        self._most_prefill_cores = int(self._cores[Lane.PREFILL].max(initial=1))
 
     @property
     def is_trusted(self) -> bool:
@@ -42,6 +47,11 @@ class Foresight:
         """Of the last launches; see `Calibration`."""
         return self.calibration.median_error
 
+    @property
+    def slack(self) -> float:
+        """How many times as long as foreseen a launch may well take; see `Calibration`."""
+        return self.calibration.slack
+
     def step_ms(self, step: Step) -> float:
         """See `Durations`."""
         return self._raw_ms(step) * self.calibration.factor(step.lane, step.program)
@@ -50,38 +60,42 @@ class Foresight:
         """See `Durations`."""
         self.calibration.observe(step.lane, step.program, self._raw_ms(step), measured_ms)
 
+    def decoding(self, contexts: NDArray[np.int64]) -> Rows:
+        """See `Roofline`."""
+        return self._roofline.decoding(contexts)
+
+    def prefixes(self, prompts: Sequence[tuple[int, int]], sizes: Sequence[int]) -> list[Rows]:
+        """See `Roofline`."""
+        return self._roofline.prefixes(prompts, sizes)
+
     def whole_ms(self, program: Program, bucket: int, rows: Rows) -> float:
         """Milliseconds of a step on the whole device."""
-        ms = self._roofline.ms_on(self._roofline.parts(program, bucket, rows), self.hardware.cores)
-        return ms * self.calibration.factor(Lane.WHOLE, program)
+        parts = self._roofline.parts(program, bucket, rows)
+        return self._roofline.ms(parts, self._whole) * self.calibration.factor(Lane.WHOLE, program)
 
-    def decode_on_splits(self, bucket: int, rows: Rows) -> Floats:
-        """Milliseconds [S] of a decode step beside prefill, on each of `splits`."""
-        work = np.array(self._roofline.parts(Program.DECODE, bucket, rows))
-        ms = self._roofline.ms(work, self._cores[Lane.DECODE], Lane.DECODE)
-        return ms * self.calibration.factor(Lane.DECODE, Program.DECODE)
+    def beside(
+        self, decode: Launched, prefills: Sequence[Launched], split: Split | None = None
+    ) -> tuple[list[float], Callable[[int], list[float]]]:
+        """Milliseconds of a decode step and of prefill launches beside it, on `splits` or on one.
 
-    def fastest_prefill_ms(self, bucket: int, rows: Rows) -> float:
-        """Milliseconds of a prefill launch beside decode where it has most cores."""
-        parts = self._roofline.parts(Program.PREFILL, bucket, rows)
-        ms = self._roofline.ms_on(parts, self._most_prefill_cores, Lane.PREFILL)
-        return ms * self.calibration.factor(Lane.PREFILL, Program.PREFILL)
+        Those of the decode step on each split; of the prefill launches, when asked for by a split's
+        index.
+        """
+        ms, parts, factor = self._roofline.ms, self._roofline.parts, self.calibration.factor
+        sides = [*self._beside.values()] if split is None else [self._beside[split]]
+        step, step_factor = parts(Program.DECODE, *decode), factor(Lane.DECODE, Program.DECODE)
+        launches = [parts(Program.PREFILL, *prefill) for prefill in prefills]
+        launch_factor = factor(Lane.PREFILL, Program.PREFILL)
 
-    def prefill_on_splits(self, launches: Sequence[tuple[int, Rows]]) -> Floats:
-        """Milliseconds [S, J] of prefill launches beside decode: bucket and rows of each."""
-        roofline, cores = self._roofline, self._cores[Lane.PREFILL]
-        works = [roofline.parts(Program.PREFILL, *launch) for launch in launches]
-        if len({len(flops) for flops, _ in works}) == 1:
-            ms = roofline.ms(np.array(works), cores, Lane.PREFILL)
-        else:
-            each = [roofline.ms(np.array(work), cores, Lane.PREFILL) for work in works]
-            ms = np.stack(each, axis=1)
-        return ms * self.calibration.factor(Lane.PREFILL, Program.PREFILL)
+        def prefill_ms(s: int) -> list[float]:
+            return [ms(launch, sides[s][1]) * launch_factor for launch in launches]
+
+        return [ms(step, side) * step_factor for side, _ in sides], prefill_ms
 
     def _raw_ms(self, step: Step) -> float:
-        rows = Rows(step.new, step.cached)
+        rows = self._roofline.rows(step.new, step.cached)
         parts = self._roofline.parts(step.program, step.bucket, rows)
         if step.split is None or step.lane is Lane.WHOLE:
-            return self._roofline.ms_on(parts, self.hardware.cores)
-        side = step.split.decode if step.lane is Lane.DECODE else step.split.prefill
-        return self._roofline.ms_on(parts, side, step.lane)
+            return self._roofline.ms(parts, self._whole)
+        cores = step.split.decode if step.lane is Lane.DECODE else step.split.prefill
+        return self._roofline.ms(parts, self._roofline.per_unit(cores, step.lane))

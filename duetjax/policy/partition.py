@@ -6,16 +6,12 @@ many launches are in flight, or when its caller asks: it is a pure function of i
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from operator import itemgetter
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from duetjax.policy.launch import Split
-
-type _Floats = NDArray[np.float64]
 
 _TIED = 1.0 - 1e-9  # of the best rate: below it the difference is no longer one of rounding
 _LARGEST = sys.float_info.max
@@ -39,35 +35,25 @@ class Outcome(StrEnum):
     UNPREDICTED = "unpredicted"
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Columns over what could run: S splits, J prefill sizes; times in ms, as they are predicted.
+class Candidates(NamedTuple):
+    """What could run: S splits, J prefill sizes; times in ms, as they are predicted.
 
     rows: decoding, at least one. splits [S]: no two alike. decode_ms [S]: one decode step beside
-    prefill. prefill_tokens [J]: ascending, positive. prefill_ms [S, J]: the prefill launch.
-    whole_decode_ms: one decode step on the whole device, alone. A time that is not finite and
-    positive rules out whatever needs it.
+    prefill. prefill_tokens [J]: ascending, positive. prefill_ms: of every size, on the split of an
+    index; on a later split a launch is never shorter. It is asked of few splits. whole_decode_ms:
+    one decode step on the whole device, alone. A time that is not finite and positive rules out
+    whatever needs it.
     """
 
     rows: int
-    splits: tuple[Split, ...]
-    decode_ms: _Floats
-    prefill_tokens: tuple[int, ...]
-    prefill_ms: _Floats
+    splits: Sequence[Split]
+    decode_ms: Sequence[float]
+    prefill_tokens: Sequence[int]
+    prefill_ms: Callable[[int], Sequence[float]]
     whole_decode_ms: float
 
-    def __post_init__(self) -> None:
-        S, J = len(self.splits), len(self.prefill_tokens)
-        assert self.rows >= 1, f"nothing decodes: {self.rows} rows"
-        assert self.decode_ms.shape == (S,), f"{self.decode_ms.shape} for {S} splits"
-        assert self.prefill_ms.shape == (S, J), f"{self.prefill_ms.shape}, not {(S, J)}"
-        sizes = self.prefill_tokens
-        assert list(sizes) == sorted(sizes), f"not ascending: {sizes}"
-        assert min(sizes, default=1) >= 1, f"not positive: {sizes}"
 
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(NamedTuple):
     """What a choice must respect.
 
     tbt_slo_ms: longest decode step. max_k: steps that KV room and the requests' remaining tokens
@@ -80,19 +66,14 @@ class Bounds:
     max_prefill_ms: float = math.inf
     hysteresis: float = 0.05
 
-    def __post_init__(self) -> None:
-        assert self.max_k >= 1, self
-        assert self.hysteresis >= 0, self
 
-
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What to run, and what was predicted of it.
 
     split: of SPLIT and LARGEST_DECODE_SHARE. k: decode steps. decode_ms: of one of them.
     prefill_tokens, prefill_ms: the prefill launch beside them; after them where decode is alone,
-    its time then on the split that is fastest at it, so rather too long. throughput: tokens/s of
-    both together. best_throughput: of the split that would be best if a change cost nothing.
+    its time then beside the least decode share, so rather too long. throughput: tokens/s of both
+    together. best_throughput: of the split that would be best if a change cost nothing.
     """
 
     outcome: Outcome
@@ -128,9 +109,9 @@ class Choice:
         return f"decode meets {slo}: {run}, kept as another split's {best} are too little more"
 
 
-type _Cell = tuple[float, int, int, int, int, int]
+type _Cell = tuple[float, int, int, int, int, float, float]
 """What could run: tokens per ms, then decode cores, prompt tokens and k, by which ties are broken,
-then the indices of split and prefill size."""
+then the index of its split, and the ms of a decode step and of the prefill launch."""
 
 
 def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Choice:
@@ -147,52 +128,81 @@ def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Ch
     gaps meet the objective on average (unless max_k is less). If not even the whole device does,
     nothing protects decode: it gets the largest share, and prompts the rest, so that they go on.
     """
+    assert candidates.rows >= 1, f"nothing decodes: {candidates.rows} rows"
+    assert bounds.max_k >= 1, bounds
+    assert bounds.hysteresis >= 0, bounds
     longest_ms = min(bounds.tbt_slo_ms, _LARGEST)
-    feasible = _cells(candidates, bounds, longest_ms)
-    if feasible:
-        return _on_split(Outcome.SPLIT, candidates, bounds, feasible, previous)
-    runnable = _cells(candidates, bounds, _LARGEST)
-    if not runnable:
+    shares = [split.decode for split in candidates.splits]
+    kept = shares.index(previous.decode) if previous and previous.decode in shares else None
+    if cells := _feasible(candidates, bounds, longest_ms, kept):
+        return _on_split(Outcome.SPLIT, candidates, bounds, cells, kept)
+    is_enough = 0 < candidates.whole_decode_ms <= longest_ms
+    by_share = sorted(range(len(shares)), key=shares.__getitem__, reverse=not is_enough)
+    cell = next(filter(None, (_smallest(candidates, bounds, s) for s in by_share)), None)
+    if cell is None:
         nothing = Outcome.UNPREDICTED, None, 0, 0, 0.0, 0.0, 0.0, 0.0
         return Choice(*nothing, bounds.tbt_slo_ms, candidates.whole_decode_ms)
-    if 0 < candidates.whole_decode_ms <= longest_ms:
-        return _alone(candidates, bounds, runnable)
-    share = _largest_share(runnable)
-    return _on_split(Outcome.LARGEST_DECODE_SHARE, candidates, bounds, share, None)
+    if is_enough:
+        return _alone(candidates, bounds, cell)
+    return _on_split(Outcome.LARGEST_DECODE_SHARE, candidates, bounds, [cell], None)
 
 
-def _cells(candidates: Candidates, bounds: Bounds, longest_ms: float) -> list[_Cell]:
-    """The best k of every split and size with usable times, decode steps up to `longest_ms`.
+def _sizes(candidates: Candidates, bounds: Bounds) -> list[tuple[int, float]]:
+    """Prompt tokens of a prefill launch of each size, and how many ms it may take."""
+    longest_ms = min(bounds.max_prefill_ms, _LARGEST)
+    return [
+        (tokens, longest_ms if j else _LARGEST)
+        for j, tokens in enumerate(candidates.prefill_tokens)
+    ]
+
+
+def _feasible(
+    candidates: Candidates, bounds: Bounds, longest_ms: float, kept: int | None
+) -> list[_Cell]:
+    """The best k of splits and sizes with usable times, where decode steps up to `longest_ms`.
+
+    Of those that may be best, or good enough to keep the split `kept`: no side computes more than
+    if it ran all the time, and prefill is no faster than on any earlier split.
+    """
+    cells: list[_Cell] = []
+    rows, best, fastest = candidates.rows, 0.0, math.inf
+    sizes = _sizes(candidates, bounds)
+    for s, decode_ms in enumerate(candidates.decode_ms):
+        if not 0 < decode_ms <= longest_ms:
+            continue
+        decoded = rows / decode_ms
+        enough = best * _TIED / (1 + bounds.hysteresis if s == kept else 1)
+        if decoded + fastest < enough:
+            continue
+        fastest, cores = 0.0, candidates.splits[s].decode
+        for (tokens, allowed_ms), prefill_ms in zip(sizes, candidates.prefill_ms(s), strict=True):
+            prefilled = tokens / prefill_ms if prefill_ms > 0 else math.inf  # nobody knows
+            fastest = max(fastest, prefilled)
+            if decoded + prefilled >= enough and 0 < prefill_ms <= allowed_ms:
+                rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, bounds.max_k)
+                best = max(best, rate)
+                cells.append((rate, cores, tokens, k, s, decode_ms, prefill_ms))
+    return cells
+
+
+def _best_k(
+    rows: int, decode_ms: float, tokens: int, prefill_ms: float, max_k: int
+) -> tuple[float, int]:
+    """The most tokens per ms, and the k with which they are reached.
 
     While k t_d <= t_p the rate (k T_d + T_p) / t_p grows with k; from k t_d >= t_p on it is
     T_d / t_d + T_p / (k t_d) and falls. So the best k is next to t_p / t_d: its floor or one more,
     or the end of [1, max_k] nearer it.
     """
-    cells: list[_Cell] = []
-    rows, max_k = candidates.rows, bounds.max_k
-    max_prefill_ms = min(bounds.max_prefill_ms, _LARGEST)
-    beside = zip(candidates.decode_ms.tolist(), candidates.prefill_ms.tolist(), strict=True)
-    for s, (decode_ms, prefills) in enumerate(beside):  # a loop: there are few, and arrays are slow
-        if not 0 < decode_ms <= longest_ms:
-            continue
-        cores = candidates.splits[s].decode
-        for j, prefill_ms in enumerate(prefills):
-            if not 0 < prefill_ms <= (max_prefill_ms if j else _LARGEST):
-                continue
-            tokens = candidates.prefill_tokens[j]
-            ratio = prefill_ms / decode_ms
-            if ratio < 1:
-                k, rate = 1, (rows + tokens) / decode_ms
-            elif ratio >= max_k:
-                k, rate = max_k, (max_k * rows + tokens) / prefill_ms
-            else:
-                k = int(ratio)
-                rate = (k * rows + tokens) / prefill_ms
-                longer = rows / decode_ms + tokens / ((k + 1) * decode_ms)
-                if longer >= rate * _TIED:
-                    k, rate = k + 1, longer
-            cells.append((rate, cores, tokens, k, s, j))
-    return cells
+    ratio = prefill_ms / decode_ms
+    if ratio < 1:
+        return (rows + tokens) / decode_ms, 1
+    if ratio >= max_k:
+        return (max_k * rows + tokens) / prefill_ms, max_k
+    k = int(ratio)
+    rate = (k * rows + tokens) / prefill_ms
+    longer = rows / decode_ms + tokens / ((k + 1) * decode_ms)
+    return (longer, k + 1) if longer >= rate * _TIED else (rate, k)
 
 
 def _on_split(
@@ -200,25 +210,22 @@ def _on_split(
     candidates: Candidates,
     bounds: Bounds,
     cells: list[_Cell],
-    previous: Split | None,
+    kept: int | None,
 ) -> Choice:
-    """The best of some cells, or of those of the previous split if they are good enough."""
+    """The best of some cells, or of those of the split to be kept if they are good enough."""
     best = enough = max(cells)[0]
-    if previous is not None and previous in candidates.splits:
-        at = candidates.splits.index(previous)
-        kept = [cell for cell in cells if cell[4] == at]
-        kept_rate = max(kept)[0] if kept else -math.inf
-        if best * _TIED <= kept_rate * (1 + bounds.hysteresis):
-            cells, enough = kept, kept_rate
+    own = [cell for cell in cells if cell[4] == kept]
+    if own and best * _TIED <= max(own)[0] * (1 + bounds.hysteresis):
+        cells, enough = own, max(own)[0]
     tied = [cell for cell in cells if cell[0] >= enough * _TIED]
-    rate, _, tokens, k, s, j = max(tied, key=itemgetter(1, 2, 3))
+    rate, _, tokens, k, s, decode_ms, prefill_ms = max(tied, key=itemgetter(1, 2, 3))
     return Choice(
         outcome,
         candidates.splits[s],
         k,
         tokens,
-        float(candidates.decode_ms[s]),
-        float(candidates.prefill_ms[s, j]),
+        decode_ms,
+        prefill_ms,
         rate * 1000,
         best * 1000,
         bounds.tbt_slo_ms,
@@ -226,22 +233,26 @@ def _on_split(
     )
 
 
-def _largest_share(cells: list[_Cell]) -> list[_Cell]:
-    """Those of the largest decode share with its smallest prefill."""
-    _, _, _, _, s, j = max(cells, key=lambda cell: (cell[1], -cell[5]))
-    return [cell for cell in cells if cell[4:] == (s, j)]
+def _smallest(candidates: Candidates, bounds: Bounds, s: int) -> _Cell | None:
+    """The smallest prefill launch that can run on a split."""
+    rows, decode_ms, cores = candidates.rows, candidates.decode_ms[s], candidates.splits[s].decode
+    if not 0 < decode_ms <= _LARGEST:
+        return None
+    sizes = _sizes(candidates, bounds)
+    for (tokens, allowed_ms), prefill_ms in zip(sizes, candidates.prefill_ms(s), strict=True):
+        if 0 < prefill_ms <= allowed_ms:
+            rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, bounds.max_k)
+            return rate, cores, tokens, k, s, decode_ms, prefill_ms
+    return None
 
 
-def _alone(candidates: Candidates, bounds: Bounds, cells: list[_Cell]) -> Choice:
-    """Decode on the whole device in turn with the smallest prefill that can run."""
-    step_ms, slo = float(candidates.whole_decode_ms), float(bounds.tbt_slo_ms)
-    j = min(cell[5] for cell in cells)
-    prefill_ms = min(float(candidates.prefill_ms[cell[4], j]) for cell in cells if cell[5] == j)
-    tokens = candidates.prefill_tokens[j]
-    slack = slo - step_ms
+def _alone(candidates: Candidates, bounds: Bounds, cell: _Cell) -> Choice:
+    """Decode on the whole device in turn with a prefill launch."""
+    _, _, tokens, _, _, _, prefill_ms = cell
+    step_ms, slo_ms = candidates.whole_decode_ms, bounds.tbt_slo_ms
+    slack = slo_ms - step_ms
     needed = prefill_ms / slack if slack > 0 else math.inf
     k = max(1, math.ceil(min(needed, bounds.max_k)))
     rate = (k * candidates.rows + tokens) / (k * step_ms + prefill_ms) * 1000
-    return Choice(
-        Outcome.DECODE_ALONE, None, k, tokens, step_ms, prefill_ms, rate, rate, slo, step_ms
-    )
+    times = step_ms, prefill_ms, rate, rate, slo_ms, step_ms
+    return Choice(Outcome.DECODE_ALONE, None, k, tokens, *times)

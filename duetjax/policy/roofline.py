@@ -6,6 +6,7 @@ the hardware profile says that many cores reach. Source: DuetServe (arXiv 2511.0
 the roofline; where this differs from it the docstrings say so. No calibration, and no clock.
 """
 
+import math
 from bisect import bisect
 from collections.abc import Sequence
 from enum import StrEnum
@@ -18,7 +19,7 @@ from duetjax.policy.launch import Lane, Program
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 
 type Floats = NDArray[np.float64]
-type Parts = tuple[list[float], list[float]]
+type Parts = list[tuple[float, float]]
 
 MOST_TOKENS = 2.0**40
 """Above every number of tokens that is meant; attention's square of it is still finite."""
@@ -59,11 +60,11 @@ class Roofline:
             )
         self._model = model
         self._causal = causal
-        self._attention = Attention(attention)
+        self._by_row = Attention(attention) is Attention.PER_REQUEST
         self._share = sum(shares) / len(shares)
         self._curves = {program: _Curve(model, program) for program in Program}
         self._launch_ms = hardware.launch_us / 1e3
-        self._contention = {
+        contention = {
             None: 1.0,
             Lane.WHOLE: 1.0,
             Lane.DECODE: hardware.contention_decode,
@@ -74,7 +75,11 @@ class Roofline:
         self._bytes_per_query = 2 * model.num_heads * of_layers
         self._bytes_per_key = 2 * model.num_kv_heads * of_layers
         reached = zip(*((at.flops_per_s, at.bytes_per_s) for at in hardware.curve), strict=True)
-        self._ms_per_unit = tuple([_ms_per_unit(hardware, column) for column in reached])
+        columns = [_ms_per_unit(hardware, column) for column in reached]
+        self._per_unit = {
+            lane: [(flop * factor, byte * factor) for flop, byte in zip(*columns, strict=True)]
+            for lane, factor in contention.items()
+        }
 
     def step_ms(
         self,
@@ -95,147 +100,132 @@ class Roofline:
         ValueError for counts that are negative or not finite, for more new tokens than the bucket
         holds, and for cores that the device has not.
         """
-        return self.ms(self.work(program, bucket, new, cached), cores, contended)
+        index, most = np.asarray(cores), len(self._per_unit[None]) - 1
+        is_whole = index.ndim == 1 and index.dtype.kind in "iu"
+        if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
+            raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
+        parts = self.parts(program, bucket, self.rows(new, cached))
+        return np.array([self.ms(parts, self.per_unit(at, contended)) for at in index.tolist()])
 
-    def work(self, program: Program, bucket: int, new: ArrayLike, cached: ArrayLike) -> Floats:
-        """FLOPs and bytes of the parts of one step, [2, parts]: the program, then attention.
+    def rows(self, new: ArrayLike, cached: ArrayLike) -> "Rows":
+        """What rows of a step have to do; arguments and errors as in `step_ms`."""
+        q, c = np.asarray(new, np.float64), np.asarray(cached, np.float64)
+        if q.ndim > 1 or c.ndim != 1 or q.shape not in ((), c.shape):
+            raise ValueError(f"new and cached must be rows of one length: {q.shape}, {c.shape}")
+        if not len(c):
+            return NO_ROWS
+        context, tokens = float(np.add.reduce(c)), float(q.sum() if q.ndim else q * len(c))
+        least = min(c.min(), q.min() if q.ndim else tokens)
+        # NaN fails any comparison, and so does a sum with it or with infinity.
+        if not (0 <= least <= tokens < MOST_TOKENS and context < MOST_TOKENS):
+            raise ValueError(
+                f"new and cached must be from 0 to {MOST_TOKENS:g}, not {[new, cached]}"
+            )
+        if not tokens:
+            return NO_ROWS
+        q = np.broadcast_to(q, c.shape)
+        flops, moved = self._work(q[q > 0], c[q > 0])
+        each = tuple(zip(flops.tolist(), moved.tolist(), strict=True)) if self._by_row else ()
+        return Rows(tokens, float(flops.sum()), float(moved.sum()), each)
 
-        A part takes the longer of its FLOPs' and its bytes' time. Arguments and errors as in
-        `step_ms`, from which it is apart for whoever asks for one step on several lanes.
+    def decoding(self, contexts: NDArray[np.int64]) -> "Rows":
+        """Rows that compute one token each, after so many in the KV cache; not checked."""
+        if self._by_row or not len(contexts):
+            return self.rows(1, contexts)
+        # The same q for all makes a row's work linear in c: the sum is that of so many mean rows.
+        count = len(contexts)
+        flops, moved = self._work(1.0, float(np.add.reduce(contexts)) / count)
+        return Rows(count, count * flops, count * moved)
+
+    def prefixes(self, prompts: Sequence[tuple[int, int]], sizes: Sequence[int]) -> list["Rows"]:
+        """The first n tokens of prompts, given as (start, left), for each n of ascending `sizes`.
+
+        All of them for an n that is larger.
         """
-        return np.array(self.parts(program, bucket, Rows(new, cached)))
+        found: list[Rows] = []
+        before, rows, coming = 0, NO_ROWS, list(reversed(sizes))
+        for start, left in prompts:
+            while coming and coming[-1] <= before + left:
+                found.append(self._with(rows, coming.pop() - before, start))
+            if not coming:
+                break
+            rows = self._with(rows, left, start)
+            before += left
+        return found + [rows] * len(coming)
 
     def parts(self, program: Program, bucket: int, rows: "Rows") -> Parts:
-        """The same as plain numbers: FLOPs of each part, and bytes of each."""
+        """FLOPs and bytes of the parts of one step: the program, then attention.
+
+        A part takes the longer of its FLOPs' and its bytes' time.
+        """
         if rows.tokens > bucket:
             raise ValueError(f"{rows.tokens:g} new tokens do not fit into {program} {bucket}")
         flops, num_bytes = self._curves[program].at(bucket)
         num_bytes += rows.tokens * self._bytes_per_key  # the keys and values that they write
-        if self._attention is Attention.FUSED:
-            of_rows, moved = self._sums(rows)
-            return [flops, of_rows], [num_bytes, moved]
-        by_row, moved_by_row = self._by_row(*rows.columns())
-        return [flops, *by_row.tolist()], [num_bytes, *moved_by_row.tolist()]
+        return [(flops, num_bytes), *(rows.each or ((rows.flops, rows.bytes),))]
 
-    def ms_on(self, parts: Parts, cores: int, contended: Lane | None = None) -> float:
-        """Milliseconds of such a step on so many cores, 1 or more."""
-        per_flop, per_byte = (float(column[cores]) for column in self._ms_per_unit)
-        longest = sum(max(per_flop * f, per_byte * b) for f, b in zip(*parts, strict=True))
-        return longest * self._contention[contended] + self._launch_ms
+    def per_unit(self, cores: int, contended: Lane | None = None) -> tuple[float, float]:
+        """Milliseconds of one FLOP and of one byte on so many cores, 1 or more; see `step_ms`."""
+        return self._per_unit[contended][cores]
 
-    def ms(self, work: Floats, cores: ArrayLike, contended: Lane | None = None) -> Floats:
-        """Milliseconds of such a step for each candidate number of cores [S], as `step_ms`.
-
-        Of several steps at once, [J, 2, parts], it is [S, J].
-        """
-        index, most = np.asarray(cores), len(self._ms_per_unit[0]) - 1
-        is_whole = index.ndim == 1 and index.dtype.kind in "iu"
-        if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
-            raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
-        per_flop, per_byte = self._ms_per_unit
-        flops, num_bytes = work[..., 0, :], work[..., 1, :]
-        each = np.multiply.outer
-        parts = np.maximum(each(per_flop[index], flops), each(per_byte[index], num_bytes))
-        ms: Floats = np.add.reduce(parts, -1)
-        ms *= self._contention[contended]
-        ms += self._launch_ms
+    def ms(self, parts: Parts, per_unit: tuple[float, float]) -> float:
+        """Milliseconds of a step. In plain numbers: there are few, and every array costs more."""
+        ms, (per_flop, per_byte) = self._launch_ms, per_unit
+        for flops, num_bytes in parts:
+            computing, moving = flops * per_flop, num_bytes * per_byte
+            ms += computing if computing > moving else moving
         return ms
 
-    def _by_row(self, q: Floats, c: Floats) -> tuple[Floats, Floats]:
-        """FLOPs and bytes of each row's attention over all layers, [R] both.
+    def _with(self, rows: "Rows", new: int, cached: int) -> "Rows":
+        """These and one more."""
+        flops, moved = self._work(float(new), float(cached))
+        each = (*rows.each, (flops, moved)) if self._by_row else ()
+        return Rows(rows.tokens + new, rows.flops + flops, rows.bytes + moved, each)
+
+    def _work[N: (float, Floats)](self, q: N, c: N) -> tuple[N, N]:
+        """FLOPs and bytes of a row's attention over all layers, or of each row's.
 
         Per layer F = (4 D + 2) H pairs, two products and the softmax over every pair of query and
         key, and B = 2 H q D s + 2 K (q + c) D s: queries in, outputs out, keys and values once.
         """
-        context = q + c
-        computed = self._share * q + (1 - self._share)  # queries of the average layer
+        share, context = self._share, q + c
+        computed = share * q + (1 - share)  # queries of the average layer
         pairs = q * (context - 0.5 * (q - 1) if self._causal else context)
-        pairs = self._share * pairs + (1 - self._share) * context
-        moved = computed * self._bytes_per_query + context * self._bytes_per_key
-        return pairs * self._flops_per_pair, moved
-
-    def _sums(self, rows: "Rows") -> tuple[float, float]:
-        """The sums of `_by_row` over the rows, multiplied out: every array costs microseconds."""
-        tokens, context = rows.tokens, rows.context + rows.tokens
-        squares = (rows.squares + tokens) / 2 if self._causal else rows.squares
-        pairs = self._share * (rows.products + squares) + (1 - self._share) * context
-        computed = self._share * tokens + (1 - self._share) * rows.count
+        pairs = share * pairs + (1 - share) * context
         moved = computed * self._bytes_per_query + context * self._bytes_per_key
         return pairs * self._flops_per_pair, moved
 
 
 class Rows:
-    """The rows with new tokens, the others costing nothing; sums over them, which add up.
+    """What the rows with new tokens have to do in attention, over all layers.
 
-    tokens: new; context: cached; squares: of new; products: of new and cached.
+    tokens: new ones. flops, bytes: of all rows. each: of every row, where the estimator needs it.
     """
 
-    __slots__ = ("_columns", "context", "count", "products", "squares", "tokens")
+    __slots__ = ("bytes", "each", "flops", "tokens")
 
-    def __init__(self, new: ArrayLike, cached: ArrayLike) -> None:
-        self._columns: list[tuple[ArrayLike, ArrayLike]] = [(new, cached)]
-        if isinstance(new, list) and isinstance(cached, list):
-            self._add_up(new, cached)
-            return
-        q, c = np.asarray(new, np.float64), np.asarray(cached, np.float64)
-        if q.ndim > 1 or c.ndim != 1 or q.shape not in ((), c.shape):
-            raise ValueError(f"new and cached must be rows of one length: {q.shape}, {c.shape}")
-        fewest = np.minimum.reduce(q, None, initial=1)
-        self.context = float(np.add.reduce(c))
-        self.tokens = float(np.add.reduce(q)) if q.ndim else float(q) * len(c)
-        self._check(fewest >= 0 and np.minimum.reduce(c, initial=0) >= 0)
-        if fewest < 1:
-            busy = np.broadcast_to(q, c.shape) > 0
-            q, c = np.broadcast_to(q, c.shape)[busy], c[busy]
-            self.context = float(np.add.reduce(c))
-        self.count = len(c)
-        if q.ndim:
-            self.squares, self.products = float(q @ q), float(q @ c)
-        else:
-            self.squares, self.products = float(q) * self.tokens, float(q) * self.context
+    def __init__(
+        self,
+        tokens: float,
+        flops: float,
+        num_bytes: float,
+        each: tuple[tuple[float, float], ...] = (),
+    ) -> None:
+        self.tokens = tokens
+        self.flops = flops
+        self.bytes = num_bytes
+        self.each = each
 
     def __add__(self, other: "Rows") -> "Rows":
-        both = object.__new__(Rows)
-        both._columns = self._columns + other._columns
-        both.count = self.count + other.count
-        both.tokens = self.tokens + other.tokens
-        both.context = self.context + other.context
-        both.squares = self.squares + other.squares
-        both.products = self.products + other.products
-        return both
+        return Rows(
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.each + other.each,
+        )
 
-    def columns(self) -> tuple[Floats, Floats]:
-        """New and cached tokens of each row."""
-        pairs = [np.broadcast_arrays(q, c) for q, c in self._columns]
-        new, cached = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        return new[new > 0].astype(np.float64), cached[new > 0].astype(np.float64)
 
-    def _add_up(self, new: list[int], cached: list[int]) -> None:
-        """The same for a few rows, where arrays would take longer than the sums."""
-        if len(new) != len(cached):
-            raise ValueError(
-                f"new and cached must be rows of one length: {len(new)}, {len(cached)}"
-            )
-        count, tokens, context, squares, products = 0, 0.0, 0.0, 0.0, 0.0
-        is_positive = True
-        for q, c in zip(new, cached, strict=True):
-            is_positive = is_positive and q >= 0 and c >= 0
-            if q != 0:
-                count += 1
-                tokens += q
-                context += c
-                squares += q * q
-                products += q * c
-        self.count, self.tokens, self.context = count, tokens, context
-        self.squares, self.products = squares, products
-        self._check(is_positive)
-
-    def _check(self, is_positive: bool) -> None:
-        """NaN fails any comparison, and so does a sum with it or with infinity."""
-        if not (is_positive and self.tokens < MOST_TOKENS and self.context < MOST_TOKENS):
-            raise ValueError(
-                f"new and cached must be from 0 to {MOST_TOKENS:g}, not {self._columns}"
-            )
+NO_ROWS = Rows(0, 0.0, 0.0)
 
 
 class _Curve:
@@ -262,8 +252,8 @@ class _Curve:
         return flops + part * (more_flops - flops), num_bytes + part * (more_bytes - num_bytes)
 
 
-def _ms_per_unit(hardware: HardwareProfile, reached: Sequence[float]) -> Floats:
+def _ms_per_unit(hardware: HardwareProfile, reached: Sequence[float]) -> list[float]:
     """Milliseconds of one FLOP or byte by number of cores; infinite on none."""
-    cores = np.arange(hardware.cores + 1)
-    per_s = np.interp(cores, [0, *(at.cores for at in hardware.curve)], [0.0, *reached])
-    return np.divide(1e3, per_s, out=np.full_like(per_s, np.inf), where=per_s > 0)
+    at = [0, *(each.cores for each in hardware.curve)]
+    per_s = np.interp(range(1, hardware.cores + 1), at, [0.0, *reached])
+    return [math.inf, *(1e3 / per_s).tolist()]

@@ -25,6 +25,7 @@ from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.endpoint import GenerationEndpoint
 from duetjax.serve.errors import HttpError, handle_fault, model_not_found
 from duetjax.serve.metrics import Metrics
+from duetjax.serve.queue_bound import QueueBound
 from duetjax.serve.request_ids import RequestIds
 
 
@@ -33,11 +34,13 @@ def create_app(service: Service) -> Starlette:
 
     `app.state.context` is the `Context` that the routes share.
     """
+    metrics = Metrics(service.client, service.model_names[0], service.compilations)
     context = Context(
         service,
         Dispatcher(),
         Admission(),
-        Metrics(service.client, service.model_names[0], service.compilations),
+        metrics,
+        QueueBound(service.client, service.max_num_queued_reqs, metrics.queue_full),
     )
 
     @asynccontextmanager

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.policy.request import NewRequest, TokenLogprob, new_requests
@@ -87,6 +87,11 @@ class Call:
     stream: bool
     include_usage: bool
     headers: Mapping[str, str]
+
+    def with_tbt_slo(self, tbt_slo_ms: float) -> Self:
+        """The same call, every generation with an objective of its own."""
+        choices = [replace(c, new=replace(c.new, tbt_slo_ms=tbt_slo_ms)) for c in self.choices]
+        return replace(self, choices=tuple(choices))
 
     def usage(self, completion_tokens: int, cached: Mapping[int, int]) -> dict[str, Any]:
         """OpenAI's usage object; cached: tokens that each choice found in the prefix cache.

@@ -8,6 +8,7 @@ from duetjax.engine import EngineClient
 from duetjax.serve.admission import Admission
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.metrics import Metrics
+from duetjax.serve.queue_bound import QueueBound
 from duetjax.text.tokenizer import Tokenizer
 
 
@@ -20,7 +21,8 @@ class Service:
     defaults: of the parameters that a request leaves out, as the model's makers recommend; its
     max_tokens is None where they recommend none. compilations: how many programs XLA has compiled
     in this process. api_key: None lets everybody in. ping_seconds: silence after which a stream
-    says so.
+    says so. max_num_queued_reqs: generations that may wait beyond those that can run at once; None
+    for any number.
     """
 
     client: EngineClient
@@ -34,13 +36,15 @@ class Service:
     compilations: Callable[[], int]
     api_key: str | None = field(default=None, repr=False)
     ping_seconds: float = 10.0
+    max_num_queued_reqs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A service at work: `dispatcher`, `admission` and `metrics` belong to one app."""
+    """A service at work: all but `service` belong to one app."""
 
     service: Service
     dispatcher: Dispatcher
     admission: Admission
     metrics: Metrics
+    queue: QueueBound

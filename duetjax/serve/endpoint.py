@@ -14,6 +14,7 @@ from duetjax.serve.body import read_json
 from duetjax.serve.call import Call, Delta, joined
 from duetjax.serve.context import Context, Service
 from duetjax.serve.generation import Generation
+from duetjax.serve.objectives import tbt_slo_ms
 from duetjax.serve.streaming import send_stream
 
 
@@ -32,12 +33,17 @@ class GenerationEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; faults before the response begins are raised."""
         arrived = time.perf_counter()
+        request = Request(scope, receive)
         with self._context.admission.admit():
+            objective = tbt_slo_ms(request.headers)
             try:
-                body = await read_json(Request(scope, receive))
+                body = await read_json(request)
             except ClientDisconnect:
                 return
+            self._context.queue.check(1)  # before tokenising, which is most of a refusal's cost
             call = await asyncio.to_thread(self._prepare, self._context.service, body)
+            if objective is not None:
+                call = call.with_tbt_slo(objective)
             answer = _answer(Generation(self._context, call, arrived), call, scope, receive, send)
             await _while_connected(receive, answer)
 

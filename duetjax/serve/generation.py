@@ -63,6 +63,7 @@ class Generation:
         self._ping_seconds = context.service.ping_seconds
         self._dispatcher = context.dispatcher
         self._metrics = context.metrics
+        self._queue = context.queue
         self._arrived = arrived
         self._ids = [choice.new.id for choice in call.choices]
         self._open = {
@@ -73,6 +74,7 @@ class Generation:
         self.cached: dict[int, int] = {}  # by choice
 
     def __enter__(self) -> Self:
+        self._queue.check(len(self._ids))
         self._mail: asyncio.Queue[Mail] = self._dispatcher.subscribe(self._ids)
         submitted: list[str] = []
         try:

@@ -53,6 +53,13 @@ class Metrics:
             registry=self.registry,
         )
         self.finished = {r: finished.labels(model_name, r.value) for r in FinishReason}
+        refused = Counter(
+            "duetjax_refused_requests",
+            "Requests turned away for want of room",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.queue_full = refused.labels("queue_full")
 
     def render(self) -> bytes:
         """The text exposition format of every series."""

@@ -237,6 +237,8 @@ int duet_wait(duet_device *device, enum duet_lane which, uint64_t step, int64_t 
     struct timespec deadline = deadline_in(timeout_ns < 0 ? 0 : timeout_ns);
     int status = DUET_OK;
     pthread_mutex_lock(&device->mutex);
+    if (device->stopping)
+        status = failure(device);
     while (status == DUET_OK && atomic_load(&lane->completed) < step) {
         if (atomic_load(&device->dead) || device->stopping)
             status = failure(device);
@@ -254,8 +256,11 @@ int duet_completed(duet_device *device, enum duet_lane which, uint64_t *step) {
     struct lane *lane = lane_of(device, which);
     if (lane == NULL)
         return DUET_INVALID;
+    pthread_mutex_lock(&device->mutex);
+    bool is_over = atomic_load(&device->dead) || device->stopping;
+    pthread_mutex_unlock(&device->mutex);
     *step = atomic_load(&lane->completed);
-    return atomic_load(&device->dead) ? failure(device) : DUET_OK;
+    return is_over ? failure(device) : DUET_OK;
 }
 
 /* Waits until no lane is busy; false if that took too long, or the device is dead. */
@@ -285,6 +290,8 @@ int duet_result(duet_device *device, enum duet_lane which, uint64_t step, const 
     struct lane *lane = lane_of(device, which);
     if (lane == NULL)
         return DUET_INVALID;
+    if (device->read_end < 0)
+        return duet_fail(DUET_STATE, "the device is closed");
     uint64_t completed = atomic_load(&lane->completed);
     if (step == 0 || step > completed)
         return duet_fail(DUET_STATE, "step %llu has not completed: %llu have",

@@ -300,6 +300,7 @@ int duet_get_split(const duet_device *device, size_t index, struct duet_split *s
     if (index >= device->num_splits)
         return duet_fail(DUET_INVALID, "there is no split %zu: %zu exist", index,
                          device->num_splits);
-    *split = device->splits[index].sms;
+    if (split != NULL)
+        *split = device->splits[index].sms;
     return DUET_OK;
 }

@@ -79,6 +79,7 @@ struct node {
 /* An address that a node uses. */
 struct use {
     drv_address address;
+    size_t bytes; /* known to be used from there on */
     size_t node;
 };
 

@@ -71,13 +71,13 @@ static unsigned char *room_for(struct staging *ring, size_t bytes, size_t *taken
 
 static int copy_in(duet_device *device, enum duet_lane which, size_t split, duet_address dst,
                    const void *src, size_t bytes) {
-    struct lane *lane = &device->lanes[which];
-    struct staging *ring = &lane->staging;
     drv_stream stream;
     size_t taken;
     int status = check_lane(device, which, split);
     if (status != DUET_OK || bytes == 0)
         return status;
+    struct lane *lane = &device->lanes[which];
+    struct staging *ring = &lane->staging;
     if (bytes > ring->bytes)
         return duet_fail(DUET_INVALID, "a copy of %zu bytes, but the device was opened for %zu",
                          bytes, ring->bytes);
@@ -178,7 +178,6 @@ static int check_launch(const duet_program *program, enum duet_lane which, size_
 static int launch(duet_program *program, enum duet_lane which, size_t split, unsigned steps,
                   unsigned num_results, uint64_t *last) {
     duet_device *device = program->device;
-    struct lane *lane = &device->lanes[which];
     drv_stream stream;
     int status = check_lane(device, which, split);
     if (status == DUET_OK)
@@ -187,6 +186,7 @@ static int launch(duet_program *program, enum duet_lane which, size_t split, uns
         status = move_to(device, which, split, &stream);
     if (status != DUET_OK)
         return status;
+    struct lane *lane = &device->lanes[which];
     drv_graph_exec graph = program->graphs[split * DUET_LANES + which];
     for (unsigned i = 0; i < steps; i++) {
         status = enqueue_step(program, lane, graph, stream, num_results);

@@ -178,12 +178,13 @@ static int check_copy(duet_program *program, const struct duet_range *ranges, si
 static int check(duet_program *program, const struct duet_range *ranges, size_t count) {
     free(program->private_ranges);
     program->num_private = 0;
+    program->is_checked = false;
     program->private_ranges = calloc(count + 1, sizeof *program->private_ranges);
     if (program->private_ranges == NULL)
         return duet_fail(DUET_NO_MEMORY, "no memory for %zu ranges", count);
     for (size_t i = 0; i < program->num_uses; i++) {
         const struct use *use = &program->uses[i];
-        const struct duet_range *range = range_with(ranges, count, use->address, 1);
+        const struct duet_range *range = range_with(ranges, count, use->address, use->bytes);
         if (range == NULL)
             return duet_fail(DUET_UNSAFE, "%s (node %zu) uses %#llx, which is not inside anything"
                                           " that is kept",
@@ -244,7 +245,7 @@ static int build_graph(duet_program *program, drv_stream stream, drv_graph_exec 
         return status;
     drv_result result = device->driver.cuGraphInstantiateWithFlags(exec, graph, 0);
     GIVE_BACK(device, cuGraphDestroy, graph);
-    status = duet_driver_result(device, result, "cuGraphInstantiate");
+    status = duet_driver_result(device, result, "cuGraphInstantiateWithFlags");
     if (status != DUET_OK)
         return status;
     status = duet_driver_result(device, device->driver.cuGraphUpload(*exec, stream),

@@ -202,7 +202,8 @@ static int read_attributes(duet_program *program, drv_graph_node handle, struct 
     return DUET_OK;
 }
 
-static int add_use(duet_program *program, size_t *capacity, drv_address address, size_t node) {
+static int add_use(duet_program *program, size_t *capacity, drv_address address, size_t bytes,
+                   size_t node) {
     if (program->num_uses == *capacity) {
         size_t wanted = *capacity == 0 ? 256 : 2 * *capacity;
         struct use *grown = realloc(program->uses, wanted * sizeof *grown);
@@ -210,7 +211,7 @@ static int add_use(duet_program *program, size_t *capacity, drv_address address,
             return duet_fail(DUET_NO_MEMORY, "no memory for %zu addresses", wanted);
         program->uses = grown, *capacity = wanted;
     }
-    program->uses[program->num_uses++] = (struct use){address, node};
+    program->uses[program->num_uses++] = (struct use){address, bytes, node};
     return DUET_OK;
 }
 
@@ -228,7 +229,7 @@ static int add_word(duet_program *program, size_t *capacity, const unsigned char
     if (result == DRV_ERROR_INVALID_VALUE)
         return DUET_OK;
     int status = duet_driver_result(device, result, "cuPointerGetAttribute");
-    return status == DUET_OK ? add_use(program, capacity, address, node) : status;
+    return status == DUET_OK ? add_use(program, capacity, address, 1, node) : status;
 }
 
 /* Every aligned word of every parameter: kernels take addresses inside structures too, and tensor
@@ -287,8 +288,13 @@ static int read_copy(duet_program *program, drv_graph_node handle, size_t index,
         return duet_fail(DUET_UNSAFE, "node %zu copies from or to the host: take transfers out of"
                                       " the program", index);
     program->census.copies++;
-    int status = add_use(program, capacity, copy->src_device, index);
-    return status == DUET_OK ? add_use(program, capacity, copy->dst_device, index) : status;
+    drv_address src = copy->src_device + copy->src_x_bytes + copy->src_y * copy->src_pitch;
+    drv_address dst = copy->dst_device + copy->dst_x_bytes + copy->dst_y * copy->dst_pitch;
+    size_t rows = copy->height > 0 ? copy->height - 1 : 0;
+    int status = add_use(program, capacity, src, rows * copy->src_pitch + copy->width_bytes, index);
+    if (status != DUET_OK)
+        return status;
+    return add_use(program, capacity, dst, rows * copy->dst_pitch + copy->width_bytes, index);
 }
 
 static int read_node(duet_program *program, drv_graph_node handle, size_t index,
@@ -310,7 +316,10 @@ static int read_node(duet_program *program, drv_graph_node handle, size_t index,
     case DRV_NODE_MEMSET:
         DRIVER_CALL(program->device, cuGraphMemsetNodeGetParams, handle, &node->fill);
         program->census.fills++;
-        return add_use(program, capacity, node->fill.dst, index);
+        return add_use(program, capacity, node->fill.dst,
+                       (node->fill.height > 1 ? (node->fill.height - 1) * node->fill.pitch : 0) +
+                           node->fill.width * node->fill.element_size,
+                       index);
     case DRV_NODE_EMPTY:
         program->census.empties++;
         return DUET_OK;

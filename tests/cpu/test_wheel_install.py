@@ -120,18 +120,30 @@ def test_without_a_compiler_all_but_the_launcher_is_there(bare_wheel: Path, whee
     assert "duetjax/_launcher.abi3.so" not in held(bare_wheel)
 
 
-def test_doctor_says_that_the_launcher_is_missing(bare_wheel: Path, tmp_path: Path) -> None:
+def test_doctor_says_that_the_launcher_is_missing(
+    bare_wheel: Path, scripts: Path, tmp_path: Path
+) -> None:
     zipfile.ZipFile(bare_wheel).extractall(tmp_path)
-    doctor = run(
-        *(sys.executable, "-m", "duetjax.cli", "doctor"),
-        cwd=tmp_path,
-        PYTHONPATH=str(tmp_path),
-        JAX_PLATFORMS="cpu",
-        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
-    )
+    command = scripts / "python", "-m", "duetjax.cli", "doctor"
+    doctor = run(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     (line,) = [line for line in doctor.splitlines() if line.startswith("launcher")]
     assert "not built" in line
     assert "install a C compiler" in line
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler here")
+def test_an_editable_install_has_the_launcher(tree: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--system-site-packages", "env", cwd=tmp_path)
+    pip = tmp_path / "env/bin/python", "-m", "pip", "--disable-pip-version-check", "install"
+    (setuptools,) = {str(distribution("setuptools").locate_file(""))}
+    run(
+        *(*pip, "--no-deps", "--no-index", "--no-build-isolation", "-e", tree),
+        cwd=tmp_path,
+        PYTHONPATH=setuptools,
+    )
+    show = "from duetjax import _launcher; print(_launcher.__file__)"
+    where = run(tmp_path / "env/bin/python", "-c", show, cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(tree)
 
 
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:

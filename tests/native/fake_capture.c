@@ -3,7 +3,6 @@
  * A capture starts on one stream; another joins by waiting for an event recorded in the capture,
  * and must have been waited for in turn before the capture ends. A mistake makes the capture
  * invalid: all that is asked of its streams fails until the origin ends it, without a graph. */
-#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 

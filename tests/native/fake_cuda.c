@@ -1,5 +1,4 @@
 /* The double's state: objects, the call log, failures, violations, reset. */
-#define _GNU_SOURCE
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -205,7 +204,7 @@ void fake_reset(void) {
     fake.primary_retains = 0;
     fake.green_contexts = 0;
     fake.epoch++;
-    fake.initialised = fake.stopping = fake.stalled = false;
+    fake.initialised = fake.stopping = fake.stalled = fake.no_memory_operations = false;
     fake.mode = FAKE_THREADS;
     fake.delay_us = 0;
     fake.shuffle = fake.random = 0;
@@ -241,6 +240,12 @@ int fake_preset(const char *name) {
     else
         return -1;
     return 0;
+}
+
+void fake_memory_operations(int possible) {
+    pthread_mutex_lock(&fake.lock);
+    fake.no_memory_operations = !possible;
+    pthread_mutex_unlock(&fake.lock);
 }
 
 void fake_mode(enum fake_mode mode) {

@@ -12,6 +12,8 @@
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H
 
+#include <stdbool.h>
+
 #include "driver.h"
 
 /* ---- the device ------------------------------------------------------------------------------ */
@@ -25,6 +27,9 @@ void fake_configure(int major, int minor, unsigned sm_count, int driver_version,
 
 /* "H200" (9.0, 132 SMs), "A100" (8.0, 108) or "L40S" (8.9, 142); returns -1 for another name. */
 int fake_preset(const char *name);
+
+/* Whether streams can write 64-bit values to memory: not on every device or system. */
+void fake_memory_operations(int possible);
 
 /* ---- functions that can be launched ---------------------------------------------------------- */
 
@@ -44,6 +49,8 @@ struct fake_run {
     int priority;      /* of the stream it was launched or captured on, or the attribute's */
     unsigned grid[3], block[3];
     unsigned shared_bytes;
+    const bool *has_attribute; /* by drv_attribute_id: whether it was launched with that one ... */
+    const drv_attribute_value *attribute; /* ... and its value, zero if not */
 };
 
 typedef void (*fake_callback)(const struct fake_run *run, void *user);

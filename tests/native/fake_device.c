@@ -118,8 +118,10 @@ static drv_result attribute_of(drv_device_attribute attribute, int *value) {
     case DRV_DEVICE_UNIFIED_ADDRESSING:
     case DRV_DEVICE_STREAM_PRIORITIES_SUPPORTED:
     case DRV_DEVICE_COOPERATIVE_LAUNCH:
-    case DRV_DEVICE_CAN_USE_64_BIT_STREAM_MEM_OPS:
         *value = 1;
+        return DRV_SUCCESS;
+    case DRV_DEVICE_CAN_USE_64_BIT_STREAM_MEM_OPS:
+        *value = !fake.no_memory_operations;
         return DRV_SUCCESS;
     }
     return DRV_ERROR_INVALID_VALUE;

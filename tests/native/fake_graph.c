@@ -1,5 +1,4 @@
 /* Graphs as others see them (nodes, edges, parameters) and as they run (executable copies). */
-#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 

@@ -190,7 +190,7 @@ struct fake {
     size_t primary_retains;
     unsigned green_contexts; /* ever made */
     unsigned epoch;          /* counts resets: the threads' context stacks of older ones are void */
-    bool initialised, stopping, stalled;
+    bool initialised, stopping, stalled, no_memory_operations;
     enum fake_mode mode;
     unsigned delay_us;
     uint64_t shuffle, random;

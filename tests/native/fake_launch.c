@@ -1,5 +1,4 @@
 /* The double's functions and kernels, and how they are launched. */
-#define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,6 +1,5 @@
 /* The double's memory: device memory in an arena far from the heap, pinned host memory, and what
  * copies and fills do to both. */
-#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

@@ -1,6 +1,5 @@
 /* The double's streams and events: first-in-first-out queues that run by themselves, each on its
  * own thread, or one operation at a time when a test says so. */
-#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -227,6 +226,8 @@ drv_result cuStreamWriteValue64(drv_stream handle, drv_address address, uint64_t
         return leave(DRV_ERROR_INVALID_HANDLE);
     struct work work = {.kind = WORK_WRITE, .write = {.address = address, .value = value}};
     drv_result bad = flags > 1 ? DRV_ERROR_INVALID_VALUE : check_work(&work);
+    if (fake.no_memory_operations)
+        bad = DRV_ERROR_NOT_SUPPORTED;
     return leave(bad ? bad : submit(stream, work, DRV_NODE_BATCH_MEM_OP));
 }
 

@@ -1,6 +1,5 @@
 /* The things a stream or a graph can do: kernels, copies, fills, writes. Checked when they are
  * asked for and again before they run, for memory may have been freed in between. */
-#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 
@@ -98,6 +97,8 @@ static void run_kernel(const struct launch *launch) {
         .grid = {config->grid_x, config->grid_y, config->grid_z},
         .block = {config->block_x, config->block_y, config->block_z},
         .shared_bytes = config->shared_bytes,
+        .has_attribute = launch->has_attribute,
+        .attribute = launch->attribute,
     };
     if (function->callback)
         function->callback(&run, function->user);

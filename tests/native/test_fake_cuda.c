@@ -1,5 +1,4 @@
 /* The double of libcuda is seen to keep its rules. Usage: test_fake_cuda <path of the double>. */
-#define _GNU_SOURCE
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from fake_executor import FakeExecutor, SlotState
 
 from duetjax.engine import EngineClient
+from duetjax.policy.durations import Durations
+from duetjax.policy.flights import Pace
 from duetjax.policy.launch import StepResult, Ticket
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import NewRequest
@@ -117,10 +119,17 @@ class AlphabetExecutor(FakeExecutor):
 class FakeEngine(EngineClient):
     """The real engine over `executor`; it remembers what was asked of it.
 
-    requests: those of `submitted`, whole.
+    durations: who foretells its launches. requests: those of `submitted`, whole.
     """
 
-    def __init__(self, *, num_slots: int = 32, num_pages: int = 513, max_len: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        num_slots: int = 32,
+        num_pages: int = 513,
+        max_len: int = 256,
+        durations: Durations | None = None,
+    ) -> None:
         self.executor = AlphabetExecutor()
         self.submitted: list[str] = []
         self.requests: list[NewRequest] = []
@@ -135,7 +144,8 @@ class FakeEngine(EngineClient):
             decode_buckets=tuple(rows),
             prefill_buckets=(num_slots + 64,),
         )
-        super().__init__(Scheduler(limits), InOrder(self.executor), vocab_size=VOCAB_SIZE)
+        scheduler = Scheduler(limits, pace=Pace(durations))
+        super().__init__(scheduler, InOrder(self.executor), vocab_size=VOCAB_SIZE)
 
     def submit(self, new: NewRequest) -> None:
         """Passes on and remembers."""

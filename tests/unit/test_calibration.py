@@ -116,6 +116,31 @@ def test_between_the_two_bounds_trust_stays_as_it_was():
     assert not fed([4.0] * 200, fed([6.0] * 200)).is_trusted
 
 
+def test_slack_is_what_nine_launches_in_ten_do_not_exceed():
+    calibration = fed([1.3] * 20)  # as foretold
+    assert calibration.slack == pytest.approx(1.0)
+    assert fed([1.56] * 3, calibration).slack == pytest.approx(1.2)
+
+
+def test_launches_as_foretold_or_shorter_leave_no_slack():
+    assert fed([1.3] * 300).slack == 1.0
+    assert fed([1.3] * 195 + [0.6] * 5).slack == 1.0
+
+
+def test_fewer_than_twenty_launches_say_nothing_about_slack():
+    assert fed([2.6] * 19).slack == 1.0
+    assert fed([2.6] * 20).slack > 1.0
+
+
+@pytest.mark.parametrize("ratio", [100.0, 1e300])
+def test_slack_is_bounded_however_long_launches_take(ratio):
+    assert fed([ratio] * 100).slack == 2.0
+
+
+def test_launches_long_ago_leave_no_slack():
+    assert fed([1.3] * 200, fed([2.0, 0.8] * 100)).slack == pytest.approx(1.0)
+
+
 def test_what_was_learned_survives_a_round_trip():
     draw = random.Random(1)
     calibration = fed([draw.uniform(0.3, 8) for _ in range(150)])
@@ -125,6 +150,7 @@ def test_what_was_learned_survives_a_round_trip():
         fed([5.0, 0.7, 2.2] * 40, one)
     assert again.to_json() == calibration.to_json()
     assert again.factor(WHOLE, DECODE) == calibration.factor(WHOLE, DECODE)
+    assert again.slack == calibration.slack > 1.0
 
 
 @given(

@@ -241,3 +241,23 @@ def test_penalties_are_told_from_parameters_that_need_no_history(changes, has_pe
 
 def test_none_means_no_stops_as_in_vllm():
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tbt_slo_ms": 0}, "--tbt-slo-ms"),
+        ({"tbt_slo_ms": float("nan")}, "--tbt-slo-ms"),
+        ({"tbt_slo_ms": "50"}, "--tbt-slo-ms"),
+        ({"hardware_profile": 5}, "--hardware-profile"),
+        ({"model_profile": b"a"}, "--model-profile"),
+        ({"policy": "duets"}, "aggregated-slo, duet"),
+        ({"policy": "duet", "deterministic": True}, "--deterministic"),
+        ({"policy": "aggregated-slo", "deterministic": True}, "--deterministic"),
+    ],
+    ids=str,
+)
+def test_settings_of_what_looks_ahead_are_refused_by_name(settings, named):
+    with pytest.raises(ConfigError, match=named) as caught:
+        EngineConfig(**settings)
+    assert "\n" not in str(caught.value)

@@ -19,14 +19,13 @@ from foresight_run import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duetjax.policy.duet import AggregatedSlo, Disaggregated, DuetPolicy, cut, mixed_ms
+from duetjax.policy.duet import AggregatedSlo, Disaggregated, DuetPolicy, Prospect
 from duetjax.policy.durations import Step
 from duetjax.policy.flights import Pace
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.partition import Outcome
 from duetjax.policy.policies import Aggregate, Details, Duet, Load
-from duetjax.policy.roofline import Rows
 
 EXACT = calibrated(1.0)
 """Nothing observes into it: it may be shared."""
@@ -64,6 +63,16 @@ def decode_ms(seen, split):
     return EXACT.step_ms(Step(Lane.DECODE, split, Program.DECODE, bucket, 1, seen.contexts))
 
 
+def cut(prompts, tokens):
+    """The next `tokens` of prompts, given as (start, left): tokens of each, and before each."""
+    new, cached = [], []
+    for start, left in prompts:
+        if tokens > sum(new):
+            new.append(min(left, tokens - sum(new)))
+            cached.append(start)
+    return new, cached
+
+
 def prefill_ms(seen, split, tokens):
     new, cached = (np.array(column, np.int64) for column in cut(seen.prompts, tokens))
     bucket = SIZES.bucket(Program.PREFILL, tokens)
@@ -71,7 +80,7 @@ def prefill_ms(seen, split, tokens):
 
 
 def foreseen_ms(seen, budget):
-    return mixed_ms(EXACT, SIZES, seen, Rows(1, seen.contexts), budget)
+    return Prospect(EXACT, SIZES, seen).mixed_ms(budget)
 
 
 def alone(**changes):
@@ -105,16 +114,6 @@ def test_a_mixed_launch_is_foreseen_with_the_prompts_that_fit_beside_the_rows():
     new, cached = [1, 1, 1, 1, 5000, 3188], [9, 9, 9, 9, 100, 0]
     step = Step(Lane.WHOLE, None, Program.PREFILL, BUDGET, np.array(new), np.array(cached))
     assert foreseen_ms(seen, BUDGET) == EXACT.step_ms(step)
-
-
-@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=5), st.integers(0, 300))
-def test_a_cut_is_the_first_tokens_of_the_prompts(prompts, tokens):
-    new, cached = cut(tuple(prompts), tokens)
-    starts, lefts = [start for start, _ in prompts], [left for _, left in prompts]
-    assert sum(new) == min(tokens, sum(lefts))
-    assert list(cached) == starts[: len(new)]
-    assert list(new[:-1]) == lefts[: len(new)][:-1]
-    assert all(count > 0 for count in new)
 
 
 # Split, where it is not.

@@ -501,3 +501,44 @@ def test_a_failure_is_kept_without_the_frames_that_hold_the_device():
         client.submit(request("a"))
         frontend.wait_for_end("a")
         assert client.failure.__traceback__ is None
+
+
+# What others go by.
+
+
+def test_live_requests_are_counted_from_submission_to_their_last_output():
+    with running() as (client, device, frontend):
+        assert (client.num_live, client.num_slots) == (0, LIMITS.num_slots)
+        device.hold()
+        for name in "abc":
+            client.submit(request(name, prompt_len=4, max_tokens=2))
+        assert client.num_live == 3
+        client.abort("b")
+        frontend.wait_for_end("b")
+        assert client.num_live == 2
+        device.release()
+        frontend.wait_for_end("a", "c")
+        assert client.num_live == 0
+
+
+def test_a_refused_request_is_not_live():
+    with running() as (client, _, _):
+        with pytest.raises(InvalidRequest):
+            client.submit(request("a", prompt_len=0, max_tokens=2))
+        assert client.num_live == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_waits_for_the_end_is_told_once_on_the_engine_s_thread(fails):
+    told = []
+    device = FakeExecutor(LIMITS.page_size, fail_at=0 if fails else None)
+    on_close = lambda: told.append(threading.current_thread().name)  # noqa: E731
+    with running(device, on_close=on_close) as (client, _, frontend):
+        client.submit(request("a", prompt_len=4, max_tokens=2))
+        frontend.wait_for_end("a")
+        if fails:
+            eventually(lambda: told)
+        else:
+            assert told == []
+    assert client.shutdown(WAIT)
+    assert told == ["duetjax-engine"]

@@ -188,9 +188,10 @@ def drifting(launch):
     return 0.8 + 1.2 * min(launch / 500, 1.0)
 
 
-def noisily(seed=0) -> Callable[[int], float]:
+def noisily(factor=AS_FORESEEN, seed=0) -> Callable[[int], float]:
+    """Launch n takes about factor(n) times what the roofline says, with a deviation of 20 %."""
     draw = random.Random(seed)
-    return lambda launch: 1.3 * draw.lognormvariate(0.0, 0.2)
+    return lambda launch: factor(launch) * draw.lognormvariate(0.0, 0.2)
 
 
 def wildly(until, seed=0) -> Callable[[int], float]:
@@ -217,7 +218,7 @@ def all_finite(run):
 
 def test_on_a_device_twice_as_slow_the_objective_is_held_after_200_launches():
     run = twice_as_slow()
-    assert run.share_over(SLO_MS, SOON) > 0.03
+    assert run.share_over(SLO_MS, SOON) > 0.02
     assert run.share_over(SLO_MS, LATER) < 0.01
     assert run.stats.predictions_trusted
 
@@ -241,13 +242,52 @@ def test_on_a_device_that_slows_down_predictions_follow():
     assert run.share_over(SLO_MS, SLOWED_DOWN) < 0.02
 
 
-def test_on_a_noisy_device_the_objective_is_missed_by_the_noise_and_trust_is_kept():
-    # Steps are planned up to the objective, with no margin: half of those take longer.
+def test_on_a_noisy_device_trust_is_kept():
     run = simulate("duet", noisily(), trace=arrivals(20))
     assert all_finite(run)
     assert all(run.trusted)
-    assert run.share_over(math.exp(2 * 0.2) * SLO_MS, LATER) < 0.01
     assert 0.05 < run.stats.prediction_error < 0.2
+
+
+TRUTHS = {"as foreseen": AS_FORESEEN, "twice as slow": steadily(2.0), "drifting": drifting}
+
+
+@pytest.mark.parametrize("heard", [foresight, Misheard])
+@pytest.mark.parametrize("factor", TRUTHS.values(), ids=TRUTHS)
+def test_of_ten_gaps_after_200_launches_nine_keep_the_objective_for_certain(factor, heard):
+    run = simulate("duet", factor, foresees=heard(), trace=arrivals(30))
+    assert all_finite(run)
+    assert run.share_over(SLO_MS, LATER) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("factor", TRUTHS.values(), ids=TRUTHS)
+def test_of_ten_gaps_after_200_launches_nine_keep_the_objective_under_noise(factor, seed):
+    run = simulate("duet", noisily(factor, seed), trace=arrivals(30))
+    assert all_finite(run)
+    assert run.share_over(SLO_MS, LATER) < 0.1
+    assert run.decisions["split"] > 0
+    assert run.trusted[-1]
+
+
+HEARD_200 = range(500, 10**9)
+"""Launches after 200 of which the truth was heard, of five always two."""
+
+
+@pytest.mark.parametrize("factor", TRUTHS.values(), ids=TRUTHS)
+def test_nine_of_ten_gaps_keep_the_objective_where_measurements_are_noisy_or_no_numbers(factor):
+    run = simulate("duet", noisily(factor, 0), foresees=Misheard(), trace=arrivals(60))
+    assert all_finite(run)
+    assert run.share_over(SLO_MS, HEARD_200) < 0.1
+    assert run.trusted[-1]
+
+
+def test_noise_is_planned_for_and_its_absence_costs_nothing():
+    quiet, loud = foresight(), foresight()
+    simulate("duet", AS_FORESEEN, foresees=quiet, trace=arrivals(20))
+    simulate("duet", noisily(), foresees=loud, trace=arrivals(20))
+    assert quiet.slack < 1 + 1e-6
+    assert 1.2 < loud.slack < 1.4  # e to the power of 1.28 x 0.2 is 1.29
 
 
 def test_measurements_that_are_no_numbers_teach_nothing_and_the_others_suffice():

@@ -51,6 +51,7 @@ RULES = {
     ),
     "duetjax.runtime": Rule(
         ours=(
+            "duetjax._launcher",
             "duetjax.config",
             "duetjax.model",
             "duetjax.checkpoint",
@@ -67,12 +68,23 @@ RULES = {
             "duetjax.engine",
             "duetjax.host",
             "duetjax.model",
+            "duetjax.planning",
             "duetjax.policy",
             "duetjax.runtime",
             "duetjax.text",
             "pallas_kernels",
         ),
         theirs=("jax", "numpy", "tqdm"),
+    ),
+    "duetjax.profile_files": Rule(ours=("duetjax.config", "duetjax.policy.profiles")),
+    "duetjax.calibration_file": Rule(ours=("duetjax.config", "duetjax.policy")),
+    "duetjax.planning": Rule(
+        ours=(
+            "duetjax.calibration_file",
+            "duetjax.config",
+            "duetjax.policy",
+            "duetjax.profile_files",
+        )
     ),
     # The engine's client takes and gives the plain values of policy.request.
     "duetjax.completion": Rule(
@@ -87,7 +99,9 @@ RULES = {
             "duetjax.policy.request",
         )
     ),
-    "duetjax.explain": Rule(ours=("duetjax.config", "duetjax.policy"), theirs=("numpy",)),
+    "duetjax.explain": Rule(
+        ours=("duetjax.config", "duetjax.policy", "duetjax.profile_files"), theirs=("numpy",)
+    ),
     "duetjax.picture": Rule(ours=("duetjax.config", "duetjax.explain")),
     "duetjax.compile_profile": Rule(
         ours=(
@@ -303,7 +317,7 @@ def test_importing_the_package_loads_no_framework(statement: str) -> None:
     assert loaded_by(statement, HEAVY) == set()
 
 
-@pytest.mark.parametrize("unit", ["config", "policy", "text", "engine"])
+@pytest.mark.parametrize("unit", ["config", "policy", "text", "engine", "planning"])
 def test_importing_all_of_a_light_unit_loads_neither_jax_nor_starlette(unit: str) -> None:
     names = [name for name in TREE if inside(name, f"duetjax.{unit}")]
     assert names

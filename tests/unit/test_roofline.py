@@ -51,6 +51,11 @@ ALL_CORES = np.arange(1, 5)
 PLAIN = Roofline(MODEL, HARDWARE)
 
 
+def work(roofline, program, bucket, new, cached):
+    """FLOPs and bytes [2, parts]: of the program, then of attention."""
+    return np.array(roofline.parts(program, bucket, roofline.rows(new, cached))).T
+
+
 def shipped(model, hardware):
     return [
         kind.from_json(json.loads((PRESETS / folder / f"{name}.json").read_text()), name)
@@ -93,21 +98,21 @@ def test_a_decode_step_takes_what_was_worked_out_by_hand():
 
 
 def test_causal_attention_counts_a_prompt_s_later_tokens_for_the_later_ones_alone():
-    work = PLAIN.work(PREFILL, 16, [3], [5])  # 6 + 7 + 8 pairs
-    np.testing.assert_allclose(work[:, 1], [21 * 408, 3 * 384 + 8 * 192])
-    assert work[:, 0].tolist() == [4e7, 5e6 + 3 * 192]
+    found = work(PLAIN, PREFILL, 16, [3], [5])  # 6 + 7 + 8 pairs
+    np.testing.assert_allclose(found[:, 1], [21 * 408, 3 * 384 + 8 * 192])
+    assert found[:, 0].tolist() == [4e7, 5e6 + 3 * 192]
 
 
 def test_the_paper_s_attention_counts_all_pairs():
-    work = Roofline(MODEL, HARDWARE, causal=False).work(PREFILL, 16, [3], [5])
-    np.testing.assert_allclose(work[:, 1], [24 * 408, 3 * 384 + 8 * 192])
+    found = work(Roofline(MODEL, HARDWARE, causal=False), PREFILL, 16, [3], [5])
+    np.testing.assert_allclose(found[:, 1], [24 * 408, 3 * 384 + 8 * 192])
 
 
 def test_a_layer_that_skips_tokens_computes_the_last_one_still():
     # On average a layer computes half of the tokens, and for the other half only the last one.
     skipping = Roofline(MODEL, HARDWARE, token_shares=(1.0, 0.5, 0.0))
-    work = skipping.work(PREFILL, 16, [3], [5])
-    np.testing.assert_allclose(work[:, 1], [(0.5 * 21 + 0.5 * 8) * 408, 2 * 384 + 8 * 192])
+    found = work(skipping, PREFILL, 16, [3], [5])
+    np.testing.assert_allclose(found[:, 1], [(0.5 * 21 + 0.5 * 8) * 408, 2 * 384 + 8 * 192])
 
 
 def test_each_request_s_own_bound_adds_up_to_more_than_the_bound_of_all():
@@ -137,24 +142,24 @@ def test_a_lane_beside_another_is_slowed_down_by_the_contention(lane, factor):
 
 
 def test_a_bucket_between_two_costs_between_them():
-    assert PLAIN.work(DECODE, 3, [], [])[:, 0].tolist() == [6e6, 3.25e6]
+    assert work(PLAIN, DECODE, 3, [], [])[:, 0].tolist() == [6e6, 3.25e6]
 
 
 def test_a_bucket_below_the_first_costs_what_the_first_does():
-    assert PLAIN.work(DECODE, 1, [], [])[:, 0].tolist() == [4e6, 3e6]
+    assert work(PLAIN, DECODE, 1, [], [])[:, 0].tolist() == [4e6, 3e6]
 
 
 def test_a_bucket_above_the_last_follows_the_last_two():
-    assert PLAIN.work(DECODE, 16, [], [])[:, 0].tolist() == [32e6, 3.5e6]
+    assert work(PLAIN, DECODE, 16, [], [])[:, 0].tolist() == [32e6, 3.5e6]
 
 
 def test_a_larger_bucket_never_costs_less_than_the_profile_says_of_a_smaller_one():
-    assert PLAIN.work(DECODE, 8, [], [])[:, 0].tolist() == [16e6, 3.5e6]
+    assert work(PLAIN, DECODE, 8, [], [])[:, 0].tolist() == [16e6, 3.5e6]
 
 
 def test_a_program_with_one_bucket_costs_that_everywhere():
     for bucket in (1, 16, 99):
-        assert PLAIN.work(PREFILL, bucket, [], [])[:, 0].tolist() == [4e7, 5e6]
+        assert work(PLAIN, PREFILL, bucket, [], [])[:, 0].tolist() == [4e7, 5e6]
 
 
 def test_a_profile_without_one_of_the_programs_is_refused():
@@ -241,8 +246,8 @@ def test_one_bound_for_all_is_never_above_the_sum_of_each_one_s(rows, causal, sh
     above = each.step_ms(PREFILL, 256, *columns(rows), SOME_CORES)
     assert (below <= above * (1 + 1e-9)).all()
     np.testing.assert_allclose(  # and both have the same work
-        fused.work(PREFILL, 256, *columns(rows)).sum(1),
-        each.work(PREFILL, 256, *columns(rows)).sum(1),
+        work(fused, PREFILL, 256, *columns(rows)).sum(1),
+        work(each, PREFILL, 256, *columns(rows)).sum(1),
         rtol=1e-9,
     )
 
@@ -259,3 +264,24 @@ def test_a_decode_step_of_an_8b_model_on_an_h200_takes_about_what_its_weights_do
     # 15.1 GB over 4.4 TB/s, and next to no context.
     (ms,) = Roofline(*REAL).step_ms(DECODE, 2, 1, [10, 10], [132])
     assert ms == pytest.approx(15.1e9 / 4.416e12 * 1e3 + 0.02, rel=0.01)
+
+
+PROMPTS = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=5)
+
+
+@given(PROMPTS, st.lists(st.integers(1, 300), min_size=1, max_size=5), st.sampled_from(KINDS))
+def test_a_prefix_is_the_first_tokens_of_the_prompts(prompts, sizes, roofline):
+    sizes = sorted(sizes)
+    for size, prefix in zip(sizes, roofline.prefixes(prompts, sizes), strict=True):
+        new = np.diff(np.minimum(np.cumsum([0, *(left for _, left in prompts)]), size))
+        rows = roofline.rows(new, [start for start, _ in prompts])
+        expected, found = (roofline.parts(PREFILL, 512, each) for each in (rows, prefix))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@given(st.lists(st.integers(0, 200_000), max_size=64), st.sampled_from(KINDS))
+def test_decoding_rows_compute_one_token_each(contexts, roofline):
+    contexts = np.array(contexts, np.int64)
+    found, expected = roofline.decoding(contexts), roofline.rows(1, contexts)
+    found, expected = (roofline.parts(DECODE, 64, each) for each in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

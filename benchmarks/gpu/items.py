@@ -1,0 +1,141 @@
+"""The items by name, in order of value, and how one of them is carried out in its own process."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from gpu.bench import Bench, Skip
+from gpu.building import load_launcher
+from gpu.driver import Driver, FakeDriver
+
+
+class Outcome(StrEnum):
+    """How an item ended."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    SKIP = "SKIP"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """function: "module:name" in this package, loaded when needed as some of them load jax.
+
+    limit_s: after that it is given up. needs_jax: it cannot run against the double.
+    """
+
+    about: str
+    function: str
+    limit_s: float = 60
+    needs_jax: bool = False
+
+
+ITEMS: Mapping[str, Item] = MappingProxyType(
+    {
+        "E0": Item("the driver, the device, splits of its SMs", "driver_items:splits"),
+        "E2": Item("eager launches on green streams see their SMs", "driver_items:eager"),
+        "E3e": Item("graphs recorded anew see their SMs", "driver_items:graphs", 90),
+        "J2": Item("XLA is captured: census, addresses, KV", "jax_items:capture", 120, True),
+        "J4": Item("replayed decode steps = plain JAX", "jax_items:tokens", 150, True),
+        "J3": Item("temporaries are re-taken", "jax_items:temporaries", 120, True),
+        "E4J5": Item("two lanes at once", "jax_items:concurrency", 150, True),
+        "E5": Item("look-ahead: steps complete in order", "driver_items:look_ahead"),
+        "E6": Item("launch cost and memory of graphs", "driver_items:graph_cost", 90),
+        "E7": Item("what changing the split costs", "driver_items:switching"),
+        "E8": Item("clusters on both sides of splits", "driver_items:clusters"),
+        "D1": Item("what was compiled without a GPU runs", "absent_item:loads", 150, True),
+        "S1": Item("sorts and top-k are captured", "sort_item:sorts", 150, True),
+    }
+)
+
+HIDDEN: Mapping[str, Item] = MappingProxyType(
+    {
+        "facts": Item("names the device", "items:name_device", 60),
+        "stuck": Item("never ends, to try the time limit", "items:get_stuck", 2),
+        "crash": Item("dies of a signal", "items:crash", 5),
+    }
+)
+"""Not in the list; the first says whose results these are, the others are for tests."""
+
+
+def find(name: str) -> Item | None:
+    """The item of a name, hidden ones included."""
+    return ITEMS.get(name) or HIDDEN.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an item came to."""
+
+    outcome: Outcome
+    figures: Mapping[str, Any]
+    failures: tuple[str, ...]
+
+
+def carry_out(name: str, fake: str | None, launcher: str, answer: Path) -> None:
+    """Does an item in this process, writes its answer to a file and ends the process.
+
+    It ends at once: what a broken item leaves behind must not hang or crash on the way out.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    began = time.perf_counter()
+    found = _answer(name, fake, launcher, answer.parent)
+    print(f"{found.outcome} after {time.perf_counter() - began:.1f} s", flush=True)
+    unfinished = answer.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(asdict(found), default=str), encoding="utf-8")
+    unfinished.replace(answer)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _answer(name: str, fake: str | None, launcher: str, scratch: Path) -> Answer:
+    item = find(name)
+    assert item is not None, name
+    bench: Bench | None = None
+    try:
+        module, _, function = item.function.partition(":")
+        if item.needs_jax:
+            import_module("jax").devices()  # as in the server, XLA is there before the launcher
+        driver = FakeDriver(fake) if fake else Driver()
+        bench = Bench(driver, load_launcher(Path(launcher)), scratch)
+        action: Callable[[Bench], None] = getattr(import_module(f"gpu.{module}"), function)
+        action(bench)
+    except Skip as reason:
+        figures = bench.figures if bench else {}
+        return Answer(Outcome.SKIP, figures, (str(reason),))
+    except BaseException as error:
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {error}"
+        return Answer(
+            Outcome.FAIL, bench.figures if bench else {}, (*(bench.failures if bench else ()), why)
+        )
+    outcome = Outcome.FAIL if bench.failures else Outcome.PASS
+    return Answer(outcome, bench.figures, tuple(bench.failures))
+
+
+def name_device(bench: Bench) -> None:
+    """Says what the device is."""
+    bench.note(**asdict(bench.driver.facts()))
+
+
+def get_stuck(bench: Bench) -> None:
+    """Waits for ever."""
+    bench.note(waiting=True)
+    signal.pause()
+
+
+def crash(bench: Bench) -> None:
+    """Dies as a C library's fault would make it."""
+    bench.note(dying=True)
+    os.kill(os.getpid(), signal.SIGSEGV)

@@ -1,0 +1,153 @@
+"""What an engine plans by: the policy that --policy names, and who foretells its launches."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from duetjax.calibration_file import CalibrationFile, KeptForesight
+from duetjax.config import ConfigError, EngineConfig, PolicyName
+from duetjax.policy.duet import AggregatedSlo, DuetPolicy, Sizes
+from duetjax.policy.flights import Pace
+from duetjax.policy.foresight import Foresight
+from duetjax.policy.launch import Split
+from duetjax.policy.limits import SchedulerLimits
+from duetjax.policy.policies import Aggregated, Policy, PrefillFirst, StaticSplit
+from duetjax.policy.profiles import HardwareProfile, ModelProfile
+from duetjax.profile_files import (
+    Kind,
+    read_hardware_profile,
+    read_model_profile,
+    shipped,
+    shipped_file,
+)
+
+_log = logging.getLogger(__name__)
+
+_FORESEEING = (PolicyName.AGGREGATED_SLO, PolicyName.DUET)
+_SHAPES = (
+    *("dtype_bytes", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size"),
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """How an engine plans. close: keeps what was learned; called when the engine has ended."""
+
+    policy: Policy
+    pace: Pace
+    close: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """What launches are foretold by."""
+
+    model: ModelProfile
+    hardware: HardwareProfile
+
+
+def read_profiles(engine: EngineConfig, shapes: ModelProfile) -> Profiles | None:
+    """The profiles that the engine's settings name; None where nothing is to be foretold.
+
+    shapes: of the served model; where no better profile is there it is the result's, for whoever
+    can do better. Raises `ConfigError` with one line that says what to give.
+    """
+    if engine.hardware_profile is None:
+        if engine.policy in _FORESEEING:
+            raise ConfigError(
+                f"--policy {engine.policy} foretells launches; give --hardware-profile"
+                f" ({', '.join(shipped(Kind.HARDWARE))}, or a file)"
+            )
+        return None
+    hardware = _hardware(engine.hardware_profile)
+    if engine.policy == PolicyName.STATIC_SPLIT and sum(engine.split) > hardware.cores:
+        raise ConfigError(
+            f"--split {engine.split[0]}/{engine.split[1]} needs more cores than the"
+            f" {hardware.cores} of --hardware-profile {hardware.name}"
+        )
+    return Profiles(_best_profile(engine, shapes), hardware)
+
+
+def make_planning(
+    engine: EngineConfig, profiles: Profiles | None, limits: SchedulerLimits, calibrations: Path
+) -> Planning:
+    """The policy and, with profiles, predictions as far as they have been learned.
+
+    calibrations: the folder where what launches teach is kept.
+    """
+    if profiles is None:
+        return Planning(_plain(engine), Pace(tbt_slo_ms=engine.tbt_slo_ms), lambda: None)
+    model, hardware = profiles.model, profiles.hardware
+    file = CalibrationFile(calibrations, model.model, hardware.name)
+    foresight = Foresight(model, hardware, calibration=file.read())
+    _log.info(
+        "launches are foretold: %s (%s) on %s", model.model, model.compiled_for, hardware.name
+    )
+    kept = KeptForesight(foresight, file)
+    pace = Pace(durations=kept, tbt_slo_ms=engine.tbt_slo_ms)
+    return Planning(_policy(engine, foresight, limits), pace, kept.close)
+
+
+def _policy(engine: EngineConfig, foresight: Foresight, limits: SchedulerLimits) -> Policy:
+    if engine.policy not in _FORESEEING:
+        return _plain(engine)
+    sizes = Sizes(
+        engine.max_num_batched_tokens,
+        limits.decode_buckets,
+        limits.prefill_buckets,
+        max_k=engine.look_ahead,
+    )
+    if engine.policy == PolicyName.DUET:
+        return DuetPolicy(foresight, sizes)
+    return AggregatedSlo(foresight, sizes)
+
+
+def _plain(engine: EngineConfig) -> Policy:
+    """A policy that foretells nothing."""
+    budget = engine.max_num_batched_tokens
+    if engine.policy == PolicyName.PREFILL_FIRST:
+        return PrefillFirst(budget)
+    if engine.policy == PolicyName.STATIC_SPLIT:
+        return StaticSplit(budget, Split(*engine.split), engine.look_ahead)
+    return Aggregated(budget)
+
+
+def _hardware(named: str | Path) -> HardwareProfile:
+    """A shipped profile by its name, any other by its file."""
+    if named in shipped(Kind.HARDWARE):
+        return read_hardware_profile(shipped_file(Kind.HARDWARE, str(named)))
+    if not os.path.exists(named):  # unlike Path's, it raises for no name
+        raise ConfigError(
+            f"--hardware-profile {named}: neither a file nor one of"
+            f" {', '.join(shipped(Kind.HARDWARE))}"
+        )
+    return read_hardware_profile(Path(named))
+
+
+def _best_profile(engine: EngineConfig, shapes: ModelProfile) -> ModelProfile:
+    """--model-profile, or the shipped one of the model's name, or `shapes`; named as the latter."""
+    if engine.model_profile is not None:
+        given = read_model_profile(Path(engine.model_profile))
+        if differing := _differing(given, shapes):
+            raise ConfigError(
+                f"--model-profile {engine.model_profile} is of another model ({differing}); make"
+                " one by `duetjax compile --profile`"
+            )
+        return replace(given, model=shapes.model)
+    if shapes.model in shipped(Kind.MODEL):
+        found = read_model_profile(shipped_file(Kind.MODEL, shapes.model))
+        if not _differing(found, shapes):
+            return found
+    return shapes
+
+
+def _differing(profile: ModelProfile, shapes: ModelProfile) -> str:
+    """In words, which of the served model's shapes another profile has not; empty if it has all."""
+    for name in _SHAPES:
+        theirs, ours = getattr(profile, name), getattr(shapes, name)
+        if theirs != ours:
+            return f"{name} {theirs}, not {ours}"
+    return ""

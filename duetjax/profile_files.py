@@ -1,0 +1,55 @@
+"""Profiles on disk: those that ship with duetjax, by name, and any other, by its file."""
+
+import importlib.resources
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+from duetjax.config import ConfigError
+from duetjax.policy.profiles import HardwareProfile, ModelProfile
+
+_MOST_BYTES = 2**20
+
+
+class Kind(StrEnum):
+    """What is shipped; the values are folders of presets/."""
+
+    MODEL = "profiles"
+    HARDWARE = "hardware"
+
+
+def shipped(kind: Kind) -> tuple[str, ...]:
+    """The names of the shipped profiles."""
+    return tuple(sorted(file.stem for file in _folder(kind).glob("*.json")))
+
+
+def shipped_file(kind: Kind, name: str) -> Path:
+    """Where the shipped profile of that name is; there may be none."""
+    return _folder(kind) / f"{name}.json"
+
+
+def read_model_profile(file: Path) -> ModelProfile:
+    """Raises `ConfigError` with one line for a file that is no model profile."""
+    return _read(ModelProfile.from_json, file)
+
+
+def read_hardware_profile(file: Path) -> HardwareProfile:
+    """Raises `ConfigError` with one line for a file that is no hardware profile."""
+    return _read(HardwareProfile.from_json, file)
+
+
+def _folder(kind: Kind) -> Path:
+    return Path(str(importlib.resources.files("duetjax.presets"))) / kind
+
+
+def _read[P](from_json: Callable[[object, str], P], file: Path) -> P:
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{file}: too large for a profile; name another file")
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; name a profile's file") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not JSON; name a profile's file") from error
+    return from_json(value, str(file))

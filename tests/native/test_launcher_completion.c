@@ -1,0 +1,317 @@
+/* How one learns that steps have completed: waiting, asking, a descriptor; and that none will. */
+#include "harness.h"
+
+#include <poll.h>
+#include <stdatomic.h>
+#include <time.h>
+#include <unistd.h>
+
+static duet_program *adder;
+static drv_address cell;
+
+static void enqueue_addition(void *function) {
+    enqueue_add(function, cell, 1);
+}
+
+static void start_with(bool lists, bool memory_operations) {
+    static const unsigned sms[] = {32};
+    struct duet_options options = options_for(sms, 1);
+    options.replay_lists = lists;
+    fake_memory_operations(memory_operations);
+    open_with(options);
+    cell = new_memory(8);
+    adder = record_unchecked(enqueue_addition, new_add("add", FAKE_MODULE));
+    OK(duet_program_add_result(adder, cell, 8));
+    OK(duet_program_check(adder, mine, num_mine));
+    build_everywhere(adder);
+}
+
+static uint64_t launch_add(enum duet_lane lane, unsigned steps) {
+    uint64_t last = 0;
+    OK(duet_launch(adder, lane, 1, steps, 1, &last));
+    return last;
+}
+
+static bool readable(int timeout_ms) {
+    struct pollfd one = {.fd = duet_descriptor(device), .events = POLLIN};
+    CHECK(one.fd >= 0);
+    return poll(&one, 1, timeout_ms) == 1 && (one.revents & POLLIN);
+}
+
+static uint64_t completed(enum duet_lane lane) {
+    uint64_t step = 99;
+    OK(duet_completed(device, lane, &step));
+    return step;
+}
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * (int64_t)1000000000 + now.tv_nsec;
+}
+
+static void a_wait_times_out_and_is_met_later(void) {
+    start_with(false, true);
+    uint64_t last = launch_add(DUET_DECODE, 2);
+    IS(TIMEOUT, duet_wait(device, DUET_DECODE, 1, 0));
+    int64_t before = now_ns();
+    IS(TIMEOUT, duet_wait(device, DUET_DECODE, last, 20000000));
+    CHECK(now_ns() - before >= 20000000);
+    CHECK(completed(DUET_DECODE) == 0 && value_of(cell) == 0);
+    complete(DUET_DECODE, last, 1);
+    OK(duet_wait(device, DUET_DECODE, last, 0));
+    OK(duet_wait(device, DUET_DECODE, 1, 0));
+    OK(duet_wait(device, DUET_DECODE, 0, 0));
+    CHECK(completed(DUET_DECODE) == 2 && completed(DUET_PREFILL) == 0);
+}
+
+static void steps_complete_one_by_one(void) {
+    start_with(false, true);
+    uint64_t last = launch_add(DUET_DECODE, 5), seen = 0;
+    while (fake_step(3)) {
+        uint64_t done = completed(DUET_DECODE);
+        const void *data = NULL;
+        size_t bytes = 0;
+        CHECK(done >= seen && done <= value_of(cell)); /* never before the step has run */
+        seen = done;
+        if (done > 0) {
+            OK(duet_result(device, DUET_DECODE, done, &data, &bytes));
+            CHECK(bytes == 8 && *(const uint64_t *)data == done);
+        }
+    }
+    OK(duet_wait(device, DUET_DECODE, last, 5 * (int64_t)SOON));
+    CHECK(completed(DUET_DECODE) == 5);
+}
+
+static void the_descriptor_tells_of_completion_until_cleared(void) {
+    start_with(false, true);
+    CHECK(!readable(0));
+    uint64_t last = launch_add(DUET_DECODE, 1);
+    CHECK(!readable(10));
+    fake_drain(1);
+    CHECK(readable(5000) && readable(0));
+    OK(duet_wait(device, DUET_DECODE, last, 5 * (int64_t)SOON));
+    duet_clear(device);
+    CHECK(!readable(10));
+    last = launch_add(DUET_PREFILL, 3);
+    fake_drain(1);
+    OK(duet_wait(device, DUET_PREFILL, last, 5 * (int64_t)SOON));
+    CHECK(readable(5000));
+    duet_clear(device);
+    duet_clear(device);
+    CHECK(!readable(10));
+}
+
+/* Clear, then ask what has completed, then poll: no completion is missed that way. */
+static void completion_seen_after_a_clear_is_complete_or_told_again(void) {
+    start_with(false, true);
+    fake_mode(FAKE_THREADS);
+    for (uint64_t step = 1; step <= 2000; step++) {
+        launch_add(DUET_DECODE, 1);
+        while (completed(DUET_DECODE) < step) {
+            CHECK(readable(5000));
+            duet_clear(device);
+        }
+        OK(duet_release(device, DUET_DECODE, step));
+    }
+}
+
+static void a_stalled_counter_times_out_and_goes_on(void) {
+    start_with(false, true);
+    fake_mode(FAKE_THREADS);
+    fake_stall(1);
+    uint64_t last = launch_add(DUET_DECODE, 3);
+    IS(TIMEOUT, duet_wait(device, DUET_DECODE, 1, 30000000));
+    CHECK(completed(DUET_DECODE) == 0);
+    fake_stall(0);
+    OK(duet_wait(device, DUET_DECODE, last, 5 * (int64_t)SOON));
+    CHECK(value_of(cell) == 3);
+}
+
+static void without_memory_operations_events_tell(void) {
+    for (int lists = 0; lists < 2; lists++) {
+        start_with(lists, false);
+        uint64_t last = 0;
+        for (uint64_t round = 0; round < 40; round++) {
+            last = launch_add(DUET_DECODE, (unsigned)(round % 8) + 1);
+            if (round % 3 == 0)
+                IS(TIMEOUT, duet_wait(device, DUET_DECODE, last, 1000000));
+            uint64_t other = launch_add(DUET_PREFILL, 2);
+            complete(DUET_DECODE, last, round);
+            complete(DUET_PREFILL, other, round);
+            CHECK(completed(DUET_DECODE) == last && readable(5000));
+            for (uint64_t step = last - round % 8; step <= last; step++) {
+                const void *data = NULL;
+                size_t bytes = 0;
+                OK(duet_result(device, DUET_DECODE, step, &data, &bytes));
+                CHECK(bytes == 8 && *(const uint64_t *)data <= value_of(cell));
+            }
+            OK(duet_release(device, DUET_DECODE, last));
+            OK(duet_release(device, DUET_PREFILL, other));
+        }
+        CHECK(fake_calls("cuStreamWriteValue64") == 0);
+        drop_device();
+        check_given_back("without memory operations");
+    }
+}
+
+static void events_tell_no_step_before_it_has_run(void) {
+    start_with(false, false);
+    uint64_t last = launch_add(DUET_DECODE, 6);
+    while (fake_step(5)) {
+        usleep(300); /* the poller looks */
+        CHECK(completed(DUET_DECODE) <= value_of(cell));
+    }
+    OK(duet_wait(device, DUET_DECODE, last, 5 * (int64_t)SOON));
+}
+
+/* ---- waiters --------------------------------------------------------------------------------- */
+
+struct waiter {
+    pthread_t thread;
+    enum duet_lane lane;
+    uint64_t step;
+    atomic_int status; /* 99: still waiting */
+    atomic_int started;
+    char error[200];
+};
+
+static void *wait_for(void *argument) {
+    struct waiter *waiter = argument;
+    atomic_store(&waiter->started, 1);
+    int status = duet_wait(device, waiter->lane, waiter->step, 60 * (int64_t)SOON);
+    strncpy(waiter->error, duet_last_error(), sizeof waiter->error - 1);
+    atomic_store(&waiter->status, status);
+    return NULL;
+}
+
+static void begin_waiting(struct waiter *waiter, enum duet_lane lane, uint64_t step) {
+    *waiter = (struct waiter){.lane = lane, .step = step};
+    atomic_store(&waiter->status, 99);
+    CHECK(!pthread_create(&waiter->thread, NULL, wait_for, waiter));
+    while (!atomic_load(&waiter->started))
+        usleep(100);
+    usleep(20000);
+    CHECK(atomic_load(&waiter->status) == 99);
+}
+
+static void waiters_wake_when_their_step_completes(void) {
+    struct waiter one, two, three;
+    start_with(false, true);
+    uint64_t decode = launch_add(DUET_DECODE, 2), prefill = launch_add(DUET_PREFILL, 1);
+    begin_waiting(&one, DUET_DECODE, 1);
+    begin_waiting(&two, DUET_DECODE, decode);
+    begin_waiting(&three, DUET_PREFILL, prefill);
+    fake_drain(1);
+    pthread_join(one.thread, NULL);
+    pthread_join(two.thread, NULL);
+    pthread_join(three.thread, NULL);
+    CHECK(one.status == DUET_OK && two.status == DUET_OK && three.status == DUET_OK);
+}
+
+static void death_wakes_waiters_and_the_descriptor(bool memory_operations) {
+    struct waiter one, two;
+    uint64_t last, step;
+    start_with(false, memory_operations);
+    last = launch_add(DUET_DECODE, 2);
+    launch_add(DUET_PREFILL, 5);
+    begin_waiting(&one, DUET_DECODE, 1);
+    begin_waiting(&two, DUET_PREFILL, 5);
+    fake_die(DRV_ERROR_ILLEGAL_ADDRESS);
+    pthread_join(one.thread, NULL);
+    pthread_join(two.thread, NULL);
+    CHECK(one.status == DUET_DEAD && strstr(one.error, "ILLEGAL_ADDRESS"));
+    CHECK(two.status == DUET_DEAD);
+    CHECK(readable(5000));
+    REFUSED(DEAD, "ILLEGAL_ADDRESS", duet_launch(adder, DUET_DECODE, 1, 1, 0, &last));
+    REFUSED(DEAD, NULL, duet_wait(device, DUET_DECODE, 1, 0));
+    REFUSED(DEAD, NULL, duet_completed(device, DUET_DECODE, &step));
+    REFUSED(DEAD, NULL, duet_copy(device, DUET_DECODE, 1, cell, cell, 8));
+    REFUSED(DEAD, NULL, duet_copy_in(device, DUET_DECODE, 1, cell, &step, 8));
+    REFUSED(DEAD, NULL, duet_lane_wait(device, DUET_DECODE, 1));
+    REFUSED(DEAD, NULL, duet_capture_arm(device, 1));
+    REFUSED(DEAD, NULL, duet_program_build(adder, DUET_DECODE, 0));
+    drop_device();
+    _exit(0); /* a dead driver takes nothing back: what is live is its own affair */
+}
+
+static void death_wakes_waiters_where_memory_is_watched(void) {
+    death_wakes_waiters_and_the_descriptor(true);
+}
+
+static void death_wakes_waiters_where_events_are_asked(void) {
+    death_wakes_waiters_and_the_descriptor(false);
+}
+
+static void *close_it(void *unused) {
+    (void)unused;
+    duet_close(device);
+    return NULL;
+}
+
+static void closing_wakes_waiters(void) {
+    struct waiter one;
+    start_with(false, true);
+    fake_mode(FAKE_THREADS);
+    fake_stall(1);
+    launch_add(DUET_DECODE, 1);
+    begin_waiting(&one, DUET_DECODE, 1);
+    close_it(NULL);
+    pthread_join(one.thread, NULL);
+    CHECK(one.status == DUET_STATE && *one.error);
+}
+
+static void closing_with_work_in_flight_lets_it_finish(void) {
+    start_with(false, true);
+    fake_mode(FAKE_THREADS);
+    fake_delay_us(3000);
+    launch_add(DUET_DECODE, 8);
+    OK(duet_lane_wait(device, DUET_PREFILL, 1));
+    launch_add(DUET_PREFILL, 8);
+    int64_t before = now_ns();
+    drop_device();
+    CHECK(value_of(cell) == 16);
+    CHECK(now_ns() - before < 4 * (int64_t)SOON);
+}
+
+static void closing_gives_up_on_a_lane_that_does_not_finish(void) {
+    start_with(false, true);
+    fake_mode(FAKE_THREADS);
+    fake_stall(1);
+    launch_add(DUET_DECODE, 2);
+    int64_t before = now_ns();
+    pthread_t thread;
+    CHECK(!pthread_create(&thread, NULL, close_it, NULL));
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 15;
+    bool ended = pthread_timedjoin_np(thread, NULL, &until) == 0;
+    int64_t took = now_ns() - before;
+    CHECK(ended && took > 4 * (int64_t)SOON);
+}
+
+static void steps_that_are_of_no_lane_are_refused(void) {
+    uint64_t step;
+    start_with(false, true);
+    REFUSED(INVALID, NULL, duet_wait(device, DUET_LANES, 1, 0));
+    REFUSED(INVALID, NULL, duet_completed(device, DUET_LANES, &step));
+    poison_last_error();
+    int status = duet_wait(device, DUET_DECODE, 1, 1000); /* never launched */
+    CHECK(status == DUET_TIMEOUT || (status < 0 && !strstr(duet_last_error(), "/poison")));
+}
+
+SUITE(completion_tests,
+      TEST(a_wait_times_out_and_is_met_later),
+      TEST(steps_complete_one_by_one),
+      TEST(the_descriptor_tells_of_completion_until_cleared),
+      TEST(completion_seen_after_a_clear_is_complete_or_told_again),
+      TEST(a_stalled_counter_times_out_and_goes_on),
+      TEST(without_memory_operations_events_tell),
+      TEST(events_tell_no_step_before_it_has_run),
+      TEST(waiters_wake_when_their_step_completes),
+      TEST(death_wakes_waiters_where_memory_is_watched),
+      TEST(death_wakes_waiters_where_events_are_asked),
+      TEST(closing_wakes_waiters),
+      TEST(closing_with_work_in_flight_lets_it_finish),
+      TEST(closing_gives_up_on_a_lane_that_does_not_finish),
+      TEST(steps_that_are_of_no_lane_are_refused));

@@ -1,0 +1,86 @@
+"""Programs timed at start: the roofline then says of each what the device took."""
+
+import pytest
+from test_planning import H200, SHAPES
+
+from duetjax.policy.launch import Program, StepResult
+from duetjax.policy.roofline import Roofline
+from duetjax.runtime import measured_profile as module
+from duetjax.runtime.measured_profile import SOURCE, measured_profile
+
+EMPTY = StepResult([], [], [])
+
+
+class Clock:
+    """Seconds that only the device lets pass."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+
+
+class Device:
+    """Takes as long as a table says, its first run of a program ten times as long."""
+
+    def __init__(self, clock, ms_of):
+        self._clock = clock
+        self._ms_of = ms_of
+        self._in_flight = {}
+        self.launches = []
+
+    def submit(self, launch):
+        assert launch.ticket not in self._in_flight
+        first = (launch.program, launch.bucket) not in [
+            (each.program, each.bucket) for each in self.launches
+        ]
+        self.launches.append(launch)
+        ms = self._ms_of(launch.program, launch.bucket) * (10 if first else 1)
+        self._in_flight[launch.ticket] = ms
+        return launch.ticket
+
+    def result(self, ticket, step=0):
+        self._clock.now += self._in_flight.pop(ticket) / 1e3
+        return EMPTY
+
+
+def ms_of(program, size):
+    return 3.0 + size / 100 if program is Program.DECODE else 5.0 + size / 200
+
+
+def test_the_roofline_says_what_each_program_took(monkeypatch):
+    device = Device(Clock(monkeypatch), ms_of)
+    profile = measured_profile(SHAPES, device, H200)
+    assert (profile.compiled_for, profile.num_layers) == (SOURCE, SHAPES.num_layers)
+    assert profile.costs.keys() == SHAPES.costs.keys()
+    roofline = Roofline(profile, H200)
+    for program, size in SHAPES.costs:
+        [ms] = roofline.step_ms(program, size, [], [], [H200.cores])
+        assert ms == pytest.approx(ms_of(program, size) + H200.launch_us / 1e3), (program, size)
+
+
+def test_programs_run_without_rows_and_with_tickets_that_no_engine_gives(monkeypatch):
+    device = Device(Clock(monkeypatch), ms_of)
+    measured_profile(SHAPES, device, H200)
+    assert {launch.slots for launch in device.launches} == {()}
+    assert max(launch.ticket for launch in device.launches) < 0
+
+
+def test_decode_is_bound_by_memory_and_prefill_by_flops(monkeypatch):
+    profile = measured_profile(SHAPES, Device(Clock(monkeypatch), ms_of), H200)
+    decode, prefill = profile.costs[Program.DECODE, 8], profile.costs[Program.PREFILL, 512]
+    assert decode.flops == SHAPES.costs[Program.DECODE, 8].flops
+    assert prefill.bytes == SHAPES.costs[Program.PREFILL, 512].bytes
+    assert decode.bytes > 1e9 < prefill.flops
+
+
+def test_a_slow_device_is_not_asked_for_all_of_them(monkeypatch):
+    clock = Clock(monkeypatch)
+    device = Device(clock, lambda program, size: 40.0 * size)
+    profile = measured_profile(SHAPES, device, H200)
+    assert clock.now - 1000 < 300
+    asked = {(launch.program, launch.bucket) for launch in device.launches}
+    assert len(asked) < len(SHAPES.costs)
+    roofline = Roofline(profile, H200)
+    for program, size in SHAPES.costs:
+        [ms] = roofline.step_ms(program, size, [], [], [H200.cores])
+        assert ms == pytest.approx(40.0 * size, rel=0.01), (program, size)
