@@ -22,7 +22,7 @@ setup: $(VENV)/.installed  ## make .venv with the run-time packages
 demo: setup  ## answer questions with the checkpoint that ships here
 	$(PY) benchmarks/demo.py
 
-test: lint types  ## ruff, mypy and pytest (import rules included); LATEST=1: newest packages
+test: lint types check-native  ## ruff, mypy, the C checks and pytest (import rules included); LATEST=1: newest packages
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## ruff's rules and format

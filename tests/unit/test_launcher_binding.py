@@ -185,7 +185,7 @@ def test_a_closed_device_says_so(cuda, device):
 def test_a_refusal_of_the_driver_names_its_call_and_costs_that_call_alone(cuda, device):
     program, _ = record(cuda, device)
     cuda.fail("cuGraphInstantiateWithFlags", 1, 2)
-    with pytest.raises(MemoryError, match="cuGraphInstantiate: CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(MemoryError, match="cuGraphInstantiateWithFlags: CUDA_ERROR_OUT_OF_MEMORY"):
         program.build(DECODE, SPLIT)
     program.build(DECODE, SPLIT)
     assert program.is_built(DECODE, SPLIT)
