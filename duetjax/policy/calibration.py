@@ -131,11 +131,15 @@ class Calibration:
 
 
 class _Window:
-    """The last `size` values, oldest first, and their median without sorting them anew."""
+    """The last `size` values, oldest first, and their median without sorting them anew.
+
+    median: between the two in the middle, where there are two; NaN of nothing.
+    """
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self._values = deque(values, maxlen=size)
         self._sorted = sorted(self._values)
+        self._find_median()
 
     def __len__(self) -> int:
         return len(self._values)
@@ -149,16 +153,15 @@ class _Window:
             del self._sorted[bisect_left(self._sorted, self._values[0])]
         self._values.append(value)
         insort(self._sorted, value)
+        self._find_median()
 
     def quantile(self, share: float) -> float:
         """The least value that so large a share of them does not exceed."""
         return self._sorted[math.ceil(share * len(self._sorted)) - 1]
 
-    @property
-    def median(self) -> float:
-        """Between the two in the middle, where there are two."""
-        middle = len(self._sorted) // 2
-        return (self._sorted[middle] + self._sorted[~middle]) / 2
+    def _find_median(self) -> None:
+        ordered, middle = self._sorted, len(self._sorted) // 2
+        self.median = (ordered[middle] + ordered[~middle]) / 2 if ordered else math.nan
 
 
 def _name(key: Key) -> str:

@@ -51,11 +51,11 @@ class Prospect:
         self._rows = len(details.contexts)
         self._decoding = foresight.decoding(details.contexts)
         self._prompt_tokens = sum([left for _, left in details.prompts])
+        self._prompts = foresight.prompts(details.prompts, sizes.budget)
 
     def mixed_ms(self, budget: int) -> float:
         """Milliseconds of one launch of all decoding rows and prompt chunks, `budget` tokens."""
-        [prompts] = self._foresight.prefixes(self._details.prompts, [budget - self._rows])
-        rows = self._decoding + prompts
+        rows = self._prompts.first(budget - self._rows, self._decoding)
         bucket = self._sizes.bucket(Program.PREFILL, int(rows.tokens))
         return self._foresight.whole_ms(Program.PREFILL, bucket, rows)
 
@@ -71,9 +71,8 @@ class Prospect:
         mixed_tokens = min(self._sizes.budget, self._rows + self._prompt_tokens)
         tokens = self._prefill_sizes(longest_ms / mixed_ms * mixed_tokens)
         buckets = [self._sizes.bucket(Program.PREFILL, size) for size in tokens]
-        prompts = foresight.prefixes(details.prompts, tokens)
+        launches = list(zip(buckets, map(self._prompts.first, tokens), strict=True))
         decode = self._sizes.bucket(Program.DECODE, self._rows), self._decoding
-        launches = list(zip(buckets, prompts, strict=True))
         decode_ms, prefill_ms = foresight.beside(decode, launches, details.split)
         return Candidates(
             rows=self._rows,

@@ -9,7 +9,7 @@ from duetjax.policy.calibration import Calibration
 from duetjax.policy.durations import Step
 from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
-from duetjax.policy.roofline import Attention, Roofline, Rows
+from duetjax.policy.roofline import Attention, Prompts, Roofline, Rows
 
 type Launched = tuple[int, Rows]
 """A bucket and the rows in it."""
@@ -32,10 +32,10 @@ class Foresight:
         self._roofline = Roofline(model, hardware, attention=attention)
         per_unit = self._roofline.per_unit
         self._whole = per_unit(hardware.cores)
-        self._beside = {
-            split: (per_unit(split.decode, Lane.DECODE), per_unit(split.prefill, Lane.PREFILL))
-            for split in self.splits
-        }
+        decode = [per_unit(split.decode, Lane.DECODE) for split in self.splits]
+        prefill = [per_unit(split.prefill, Lane.PREFILL) for split in self.splits]
+        self._units = decode, prefill
+        self._beside = {split: ([decode[s]], [prefill[s]]) for s, split in enumerate(self.splits)}
 
     @property
     def is_trusted(self) -> bool:
@@ -64,9 +64,9 @@ class Foresight:
         """See `Roofline`."""
         return self._roofline.decoding(contexts)
 
-    def prefixes(self, prompts: Sequence[tuple[int, int]], sizes: Sequence[int]) -> list[Rows]:
+    def prompts(self, prompts: Sequence[tuple[int, int]], most: int) -> Prompts:
         """See `Roofline`."""
-        return self._roofline.prefixes(prompts, sizes)
+        return self._roofline.prompts(prompts, most)
 
     def whole_ms(self, program: Program, bucket: int, rows: Rows) -> float:
         """Milliseconds of a step on the whole device."""
@@ -82,15 +82,17 @@ class Foresight:
         index.
         """
         ms, parts, factor = self._roofline.ms, self._roofline.parts, self.calibration.factor
-        sides = [*self._beside.values()] if split is None else [self._beside[split]]
-        step, step_factor = parts(Program.DECODE, *decode), factor(Lane.DECODE, Program.DECODE)
-        launches = [parts(Program.PREFILL, *prefill) for prefill in prefills]
+        decode_units, prefill_units = self._units if split is None else self._beside[split]
+        step_factor = factor(Lane.DECODE, Program.DECODE)
         launch_factor = factor(Lane.PREFILL, Program.PREFILL)
+        launches = [parts(Program.PREFILL, *prefill) for prefill in prefills]
 
         def prefill_ms(s: int) -> list[float]:
-            return [ms(launch, sides[s][1]) * launch_factor for launch in launches]
+            unit = prefill_units[s]
+            return [ms(launch, unit) * launch_factor for launch in launches]
 
-        return [ms(step, side) * step_factor for side, _ in sides], prefill_ms
+        steps = self._roofline.each_ms(parts(Program.DECODE, *decode), decode_units)
+        return [step * step_factor for step in steps], prefill_ms
 
     def _raw_ms(self, step: Step) -> float:
         rows = self._roofline.rows(step.new, step.cached)

@@ -165,7 +165,7 @@ def _feasible(
     if it ran all the time, and prefill is no faster than on any earlier split.
     """
     cells: list[_Cell] = []
-    rows, best, fastest = candidates.rows, 0.0, math.inf
+    rows, max_k, best, fastest = candidates.rows, bounds.max_k, 0.0, math.inf
     sizes = _sizes(candidates, bounds)
     for s, decode_ms in enumerate(candidates.decode_ms):
         if not 0 < decode_ms <= longest_ms:
@@ -177,10 +177,12 @@ def _feasible(
         fastest, cores = 0.0, candidates.splits[s].decode
         for (tokens, allowed_ms), prefill_ms in zip(sizes, candidates.prefill_ms(s), strict=True):
             prefilled = tokens / prefill_ms if prefill_ms > 0 else math.inf  # nobody knows
-            fastest = max(fastest, prefilled)
+            if prefilled > fastest:
+                fastest = prefilled
             if decoded + prefilled >= enough and 0 < prefill_ms <= allowed_ms:
-                rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, bounds.max_k)
-                best = max(best, rate)
+                rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, max_k)
+                if rate > best:
+                    best = rate
                 cells.append((rate, cores, tokens, k, s, decode_ms, prefill_ms))
     return cells
 
@@ -214,9 +216,10 @@ def _on_split(
 ) -> Choice:
     """The best of some cells, or of those of the split to be kept if they are good enough."""
     best = enough = max(cells)[0]
-    own = [cell for cell in cells if cell[4] == kept]
-    if own and best * _TIED <= max(own)[0] * (1 + bounds.hysteresis):
-        cells, enough = own, max(own)[0]
+    if own := [cell for cell in cells if cell[4] == kept]:
+        own_rate = max(own)[0]
+        if best * _TIED <= own_rate * (1 + bounds.hysteresis):
+            cells, enough = own, own_rate
     tied = [cell for cell in cells if cell[0] >= enough * _TIED]
     rate, _, tokens, k, s, decode_ms, prefill_ms = max(tied, key=itemgetter(1, 2, 3))
     return Choice(

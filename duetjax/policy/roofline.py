@@ -8,9 +8,10 @@ the roofline; where this differs from it the docstrings say so. No calibration, 
 
 import math
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,7 +106,7 @@ class Roofline:
         if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
             raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
         parts = self.parts(program, bucket, self.rows(new, cached))
-        return np.array([self.ms(parts, self.per_unit(at, contended)) for at in index.tolist()])
+        return np.array(self.each_ms(parts, [self.per_unit(n, contended) for n in index.tolist()]))
 
     def rows(self, new: ArrayLike, cached: ArrayLike) -> "Rows":
         """What rows of a step have to do; arguments and errors as in `step_ms`."""
@@ -137,32 +138,23 @@ class Roofline:
         flops, moved = self._work(1.0, float(np.add.reduce(contexts)) / count)
         return Rows(count, count * flops, count * moved)
 
-    def prefixes(self, prompts: Sequence[tuple[int, int]], sizes: Sequence[int]) -> list["Rows"]:
-        """The first n tokens of prompts, given as (start, left), for each n of ascending `sizes`.
-
-        All of them for an n that is larger.
-        """
-        found: list[Rows] = []
-        before, rows, coming = 0, NO_ROWS, list(reversed(sizes))
-        for start, left in prompts:
-            while coming and coming[-1] <= before + left:
-                found.append(self._with(rows, coming.pop() - before, start))
-            if not coming:
-                break
-            rows = self._with(rows, left, start)
-            before += left
-        return found + [rows] * len(coming)
+    def prompts(self, prompts: Sequence[tuple[int, int]], most: int) -> "Prompts":
+        """Prompts, given as (start, left), as far as the first `most` of their tokens go."""
+        return Prompts(self._row, prompts, most)
 
     def parts(self, program: Program, bucket: int, rows: "Rows") -> Parts:
         """FLOPs and bytes of the parts of one step: the program, then attention.
 
         A part takes the longer of its FLOPs' and its bytes' time.
         """
-        if rows.tokens > bucket:
-            raise ValueError(f"{rows.tokens:g} new tokens do not fit into {program} {bucket}")
+        tokens, attention, moved, each = rows
+        if tokens > bucket:
+            raise ValueError(f"{tokens:g} new tokens do not fit into {program} {bucket}")
         flops, num_bytes = self._curves[program].at(bucket)
-        num_bytes += rows.tokens * self._bytes_per_key  # the keys and values that they write
-        return [(flops, num_bytes), *(rows.each or ((rows.flops, rows.bytes),))]
+        num_bytes += tokens * self._bytes_per_key  # the keys and values that they write
+        if each:
+            return [(flops, num_bytes), *each]
+        return [(flops, num_bytes), (attention, moved)]
 
     def per_unit(self, cores: int, contended: Lane | None = None) -> tuple[float, float]:
         """Milliseconds of one FLOP and of one byte on so many cores, 1 or more; see `step_ms`."""
@@ -176,11 +168,24 @@ class Roofline:
             ms += computing if computing > moving else moving
         return ms
 
-    def _with(self, rows: "Rows", new: int, cached: int) -> "Rows":
-        """These and one more."""
+    def each_ms(self, parts: Parts, units: Sequence[tuple[float, float]]) -> list[float]:
+        """`ms` for each of some `per_unit`; the two parts of a usual step without a loop over them.
+
+        A decision asks for all splits at once, and this is a tenth of its time.
+        """
+        if len(parts) != 2:
+            return [self.ms(parts, unit) for unit in units]
+        launch_ms, [(f, b), (more_f, more_b)] = self._launch_ms, parts
+        return [
+            launch_ms
+            + (x if (x := f * per_flop) > (y := b * per_byte) else y)
+            + (x if (x := more_f * per_flop) > (y := more_b * per_byte) else y)
+            for per_flop, per_byte in units
+        ]
+
+    def _row(self, new: int, cached: int) -> "Rows":
         flops, moved = self._work(float(new), float(cached))
-        each = (*rows.each, (flops, moved)) if self._by_row else ()
-        return Rows(rows.tokens + new, rows.flops + flops, rows.bytes + moved, each)
+        return Rows(new, flops, moved, ((flops, moved),) if self._by_row else ())
 
     def _work[N: (float, Floats)](self, q: N, c: N) -> tuple[N, N]:
         """FLOPs and bytes of a row's attention over all layers, or of each row's.
@@ -196,36 +201,60 @@ class Roofline:
         return pairs * self._flops_per_pair, moved
 
 
-class Rows:
+class Rows(NamedTuple):
     """What the rows with new tokens have to do in attention, over all layers.
 
-    tokens: new ones. flops, bytes: of all rows. each: of every row, where the estimator needs it.
+    tokens: new ones. flops, num_bytes: of all rows. each: of every row, where the estimator needs
+    it.
     """
 
-    __slots__ = ("bytes", "each", "flops", "tokens")
+    tokens: float
+    flops: float
+    num_bytes: float
+    each: tuple[tuple[float, float], ...] = ()
 
-    def __init__(
-        self,
-        tokens: float,
-        flops: float,
-        num_bytes: float,
-        each: tuple[tuple[float, float], ...] = (),
-    ) -> None:
-        self.tokens = tokens
-        self.flops = flops
-        self.bytes = num_bytes
-        self.each = each
-
-    def __add__(self, other: "Rows") -> "Rows":
+    def plus(self, more: "Rows") -> "Rows":
+        """These rows and more of them."""
+        tokens, flops, num_bytes, each = more
         return Rows(
-            self.tokens + other.tokens,
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.each + other.each,
+            self.tokens + tokens,
+            self.flops + flops,
+            self.num_bytes + num_bytes,
+            self.each + each,
         )
 
 
 NO_ROWS = Rows(0, 0.0, 0.0)
+
+
+class Prompts:
+    """The work of what is left of some prompts, summed up prompt by prompt; see `Roofline`."""
+
+    def __init__(
+        self, row: Callable[[int, int], Rows], prompts: Sequence[tuple[int, int]], most: int
+    ) -> None:
+        self._row = row
+        self._prompts = prompts
+        self._before = [0]
+        self._sums = [NO_ROWS]
+        before, rows = 0, NO_ROWS
+        for start, left in prompts:
+            before += left
+            if before > most:
+                break
+            rows = rows.plus(row(left, start))
+            self._before.append(before)
+            self._sums.append(rows)
+
+    def first(self, tokens: int, beside: Rows = NO_ROWS) -> Rows:
+        """The first tokens of them, or all if there are fewer, `beside` other rows."""
+        whole = bisect(self._before, tokens) - 1
+        rows, rest = self._sums[whole], tokens - self._before[whole]
+        if beside is not NO_ROWS:
+            rows = beside.plus(rows)
+        if rest and whole < len(self._prompts):
+            rows = rows.plus(self._row(rest, self._prompts[whole][0]))
+        return rows
 
 
 class _Curve:
@@ -243,8 +272,10 @@ class _Curve:
 
     def at(self, bucket: int) -> tuple[float, float]:
         """FLOPs and bytes."""
-        if bucket in self._costs or bucket < self._sizes[0] or len(self._sizes) == 1:
-            return self._costs.get(bucket, self._costs[self._sizes[0]])
+        if (known := self._costs.get(bucket)) is not None:
+            return known
+        if bucket < self._sizes[0] or len(self._sizes) == 1:
+            return self._costs[self._sizes[0]]
         place = min(bisect(self._sizes, bucket), len(self._sizes) - 1)
         low, high = self._sizes[place - 1], self._sizes[place]
         part = (bucket - low) / (high - low)

@@ -271,8 +271,9 @@ PROMPTS = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=5
 
 @given(PROMPTS, st.lists(st.integers(1, 300), min_size=1, max_size=5), st.sampled_from(KINDS))
 def test_a_prefix_is_the_first_tokens_of_the_prompts(prompts, sizes, roofline):
-    sizes = sorted(sizes)
-    for size, prefix in zip(sizes, roofline.prefixes(prompts, sizes), strict=True):
+    work = roofline.prompts(prompts, max(sizes))
+    for size in sizes:
+        prefix = work.first(size)
         new = np.diff(np.minimum(np.cumsum([0, *(left for _, left in prompts)]), size))
         rows = roofline.rows(new, [start for start, _ in prompts])
         expected, found = (roofline.parts(PREFILL, 512, each) for each in (rows, prefix))
