@@ -12,8 +12,11 @@ LAUNCHER = Extension(
     sorted(glob("launcher/csrc/*.c")),
     depends=sorted(glob("launcher/csrc/*.h")),
     define_macros=[("Py_LIMITED_API", "0x030c0000"), ("_GNU_SOURCE", None)],
-    extra_compile_args=["-std=c11", "-O2", "-fvisibility=hidden"],
-    libraries=["pthread", "dl"],
+    extra_compile_args=[
+        *("-std=c11", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"),
+        "-Wno-psabi",  # GCC's note on vectors as arguments, of which none are left
+    ],
+    libraries=["pthread", "dl", "m"],
     py_limited_api=True,
     optional=True,
 )

@@ -9,30 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ffi_call.h"
 #include "launcher.h"
-
-static xla_error *fail(const struct xla_call *call, int code, const char *message) {
-    struct xla_error_arguments arguments = {sizeof arguments, NULL, message, code};
-    return call->api->create_error(&arguments);
-}
-
-/* XLA asks a handler for the version it was written for. We use what versions have in common. */
-static bool is_query(const struct xla_call *call) {
-    struct xla_extension *extension = call->extension;
-    if (extension == NULL || extension->type != XLA_METADATA_EXTENSION)
-        return false;
-    struct xla_metadata *metadata = ((struct xla_metadata_extension *)extension)->metadata;
-    metadata->version.major = call->api->version.major;
-    metadata->version.minor = call->api->version.minor;
-    metadata->traits = 0;
-    return true;
-}
-
-static bool has_known_layout(const struct xla_call *call) {
-    return call->api->version.major == 0 &&
-           call->struct_size >= offsetof(struct xla_call, future) &&
-           call->api->struct_size >= sizeof *call->api;
-}
 
 /* The attribute `program`: which recording an execution belongs to; 0 where there is none. */
 static bool find_program(const struct xla_attributes *attributes, int64_t *program) {
@@ -59,27 +37,27 @@ static xla_error *begin(struct xla_call *call, int64_t program) {
     size_t count = (size_t)call->arguments.size;
     duet_address *addresses = calloc(count + 1, sizeof *addresses);
     if (addresses == NULL)
-        return fail(call, XLA_INTERNAL, "duetjax: no memory for a program's addresses");
+        return duet_ffi_error(call, XLA_INTERNAL, "duetjax: no memory for a program's addresses");
     for (size_t i = 0; i < count; i++)
         addresses[i] = (uintptr_t)((struct xla_buffer *)call->arguments.values[i])->data;
     int status = duet_capture_begin(program, arguments.stream, addresses, count);
     free(addresses);
-    return status == DUET_OK ? NULL : fail(call, XLA_INTERNAL, duet_last_error());
+    return status == DUET_OK ? NULL : duet_ffi_error(call, XLA_INTERNAL, duet_last_error());
 }
 
 xla_error *duet_marker(struct xla_call *call) {
-    if (is_query(call))
+    if (duet_ffi_is_query(call))
         return NULL;
-    if (!has_known_layout(call))
-        return fail(call, XLA_FAILED_PRECONDITION,
-                    "duetjax: this version of jax is not known to the launcher; install another");
+    xla_error *unknown = duet_ffi_check_version(call);
+    if (unknown != NULL)
+        return unknown;
     int64_t program;
     if (!find_program(&call->attributes, &program))
-        return fail(call, XLA_FAILED_PRECONDITION,
+        return duet_ffi_error(call, XLA_FAILED_PRECONDITION,
                     "duetjax: the marker's attribute `program` must be an int64");
     if (call->stage == XLA_INITIALIZE && duet_capture_is_armed(program))
         return begin(call, program);
     if (call->stage == XLA_EXECUTE && duet_capture_end(program) != DUET_OK)
-        return fail(call, XLA_INTERNAL, duet_last_error());
+        return duet_ffi_error(call, XLA_INTERNAL, duet_last_error());
     return NULL;
 }

@@ -10,6 +10,7 @@
 
 #include "launcher.h"
 #include "marker.h"
+#include "pool_module.h"
 
 typedef struct {
     PyTypeObject *device_type, *program_type;
@@ -607,6 +608,8 @@ static int execute(PyObject *module) {
     Py_XDECREF(marker);
     if (failed || PyModule_AddIntConstant(module, "PREFILL", DUET_PREFILL) != 0 ||
         PyModule_AddIntConstant(module, "DECODE", DUET_DECODE) != 0)
+        return -1;
+    if (duet_add_pool(module) != 0)
         return -1;
     state->device_type = add_type(module, &device_spec);
     state->program_type = add_type(module, &program_spec);

@@ -1,4 +1,4 @@
-/* The part of XLA's FFI binary interface that the marker uses, so that building the launcher needs
+/* The part of XLA's FFI binary interface that the launcher's handlers use, so that building the launcher needs
  * no header of jaxlib's. tests/native/check_xla_abi.c holds it against jaxlib's own (c_api.h). */
 #ifndef DUET_XLA_FFI_H
 #define DUET_XLA_FFI_H
@@ -8,9 +8,9 @@
 
 enum { XLA_METADATA_EXTENSION = 1 };
 enum xla_stage { XLA_INITIALIZE = 2, XLA_EXECUTE = 3 };
-enum xla_code { XLA_FAILED_PRECONDITION = 9, XLA_INTERNAL = 13 };
+enum xla_code { XLA_INVALID_ARGUMENT = 3, XLA_FAILED_PRECONDITION = 9, XLA_INTERNAL = 13 };
 enum xla_attribute_type { XLA_SCALAR_ATTRIBUTE = 3 };
-enum xla_data_type { XLA_S64 = 5 };
+enum xla_data_type { XLA_S32 = 4, XLA_S64 = 5, XLA_F32 = 11, XLA_BF16 = 16 };
 
 typedef struct xla_error xla_error;
 
@@ -52,15 +52,41 @@ struct xla_stream_arguments {
     void *stream; /* out */
 };
 
-/* The functions that XLA offers; those behind get_stream are of no interest. */
+struct xla_error_destroy_arguments {
+    size_t struct_size;
+    struct xla_extension *extension;
+    xla_error *error;
+};
+
+struct xla_schedule_arguments {
+    size_t struct_size;
+    struct xla_extension *extension;
+    void *context;
+    void (*task)(void *data);
+    void *data;
+};
+
+struct xla_num_threads_arguments {
+    size_t struct_size;
+    struct xla_extension *extension;
+    void *context;
+    int64_t *num_threads; /* out */
+};
+
+/* The functions that XLA offers; those behind num_threads are of no interest. */
 struct xla_api {
     size_t struct_size;
     struct xla_extension *extension;
     struct xla_version version;
     const void *internal;
     xla_error *(*create_error)(struct xla_error_arguments *);
-    void *unused[3];
+    void *get_details;
+    void (*destroy_error)(struct xla_error_destroy_arguments *);
+    void *register_handler;
     xla_error *(*get_stream)(struct xla_stream_arguments *);
+    void *unused[6];
+    xla_error *(*schedule)(struct xla_schedule_arguments *);
+    xla_error *(*num_threads)(struct xla_num_threads_arguments *);
 };
 
 struct xla_buffer {

@@ -24,7 +24,11 @@ VALUE(XLA_EXECUTE, XLA_FFI_ExecutionStage_EXECUTE);
 VALUE(XLA_FAILED_PRECONDITION, XLA_FFI_Error_Code_FAILED_PRECONDITION);
 VALUE(XLA_INTERNAL, XLA_FFI_Error_Code_INTERNAL);
 VALUE(XLA_SCALAR_ATTRIBUTE, XLA_FFI_AttrType_SCALAR);
+VALUE(XLA_S32, XLA_FFI_DataType_S32);
 VALUE(XLA_S64, XLA_FFI_DataType_S64);
+VALUE(XLA_F32, XLA_FFI_DataType_F32);
+VALUE(XLA_BF16, XLA_FFI_DataType_BF16);
+VALUE(XLA_INVALID_ARGUMENT, XLA_FFI_Error_Code_INVALID_ARGUMENT);
 
 SIZE(struct xla_extension, XLA_FFI_InternalExtension);
 FIELD(struct xla_extension, struct_size, XLA_FFI_InternalExtension, struct_size);
@@ -66,7 +70,23 @@ FIELD(struct xla_api, extension, XLA_FFI_Api, extension_start);
 FIELD(struct xla_api, version, XLA_FFI_Api, api_version);
 FIELD(struct xla_api, internal, XLA_FFI_Api, internal_api);
 FIELD(struct xla_api, create_error, XLA_FFI_Api, XLA_FFI_Error_Create);
+FIELD(struct xla_api, destroy_error, XLA_FFI_Api, XLA_FFI_Error_Destroy);
 FIELD(struct xla_api, get_stream, XLA_FFI_Api, XLA_FFI_Stream_Get);
+FIELD(struct xla_api, schedule, XLA_FFI_Api, XLA_FFI_ThreadPool_Schedule);
+FIELD(struct xla_api, num_threads, XLA_FFI_Api, XLA_FFI_ThreadPool_NumThreads);
+
+SIZE(struct xla_error_destroy_arguments, XLA_FFI_Error_Destroy_Args);
+FIELD(struct xla_error_destroy_arguments, error, XLA_FFI_Error_Destroy_Args, error);
+
+SIZE(struct xla_schedule_arguments, XLA_FFI_ThreadPool_Schedule_Args);
+FIELD(struct xla_schedule_arguments, context, XLA_FFI_ThreadPool_Schedule_Args, ctx);
+FIELD(struct xla_schedule_arguments, task, XLA_FFI_ThreadPool_Schedule_Args, task);
+FIELD(struct xla_schedule_arguments, data, XLA_FFI_ThreadPool_Schedule_Args, data);
+
+SIZE(struct xla_num_threads_arguments, XLA_FFI_ThreadPool_NumThreads_Args);
+FIELD(struct xla_num_threads_arguments, context, XLA_FFI_ThreadPool_NumThreads_Args, ctx);
+FIELD(struct xla_num_threads_arguments, num_threads, XLA_FFI_ThreadPool_NumThreads_Args,
+      num_threads);
 
 SIZE(struct xla_buffer, XLA_FFI_Buffer);
 FIELD(struct xla_buffer, struct_size, XLA_FFI_Buffer, struct_size);

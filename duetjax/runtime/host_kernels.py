@@ -1,0 +1,80 @@
+"""The launcher's kernels on the processor: KV pages in its own memory, shared by both lanes.
+
+Programs pass a handle [2] int32 (pool, array) where they would pass the pages [P, K, 2, S, D]. So
+no program owns the pages: two can run at the same time, and nothing is ever copied or donated. The
+signatures and their meaning are those of `pallas_kernels.xla`. See launcher/csrc/kv_kernels.h.
+"""
+
+from functools import cache
+
+import jax
+
+try:
+    import duetjax._launcher as _launcher
+except ImportError:  # installed where there was no C compiler
+    _launcher = None  # type: ignore[assignment]
+
+_WRITE = "duetjax_host_write"
+_DECODE_ATTENTION = "duetjax_host_decode_attention"
+_PREFILL_ATTENTION = "duetjax_host_prefill_attention"
+
+MOST_HEAD_DIM, VECTOR, MOST_GROUP = 256, 8, 32
+
+
+def why_not(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> str | None:
+    """What the kernels lack for a model of these shapes; None if they can run it."""
+    if _launcher is None:
+        return "the launcher has not been built (`duetjax doctor` says why)"
+    if head_dim > MOST_HEAD_DIM or head_dim % VECTOR:
+        return f"head_dim {head_dim} is not a multiple of {VECTOR} up to {MOST_HEAD_DIM}"
+    if num_heads // num_kv_heads > MOST_GROUP:
+        return f"{num_heads // num_kv_heads} heads share a KV head, more than {MOST_GROUP}"
+    if dtype not in ("float32", "bfloat16"):
+        return f"pages of {dtype}"
+    return None
+
+
+@cache
+def register() -> None:
+    """Makes the kernels known to XLA, once; before any program with them is compiled or loaded."""
+    for name, handler in (
+        (_WRITE, _launcher.kv_write),
+        (_DECODE_ATTENTION, _launcher.kv_decode_attention),
+        (_PREFILL_ATTENTION, _launcher.kv_prefill_attention),
+    ):
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+
+
+def write_kv(
+    pages: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, slot: jax.Array, /
+) -> jax.Array:
+    """See `pallas_kernels.xla.write_kv`; the handle it returns says that they are written."""
+    written: jax.Array = jax.ffi.ffi_call(_WRITE, _like(pages))(pages, k, v, page, slot)
+    return written
+
+
+def decode_attention(
+    q: jax.Array, pages: jax.Array, page_table: jax.Array, lengths: jax.Array, /
+) -> jax.Array:
+    """See `pallas_kernels.xla.decode_attention`."""
+    call = jax.ffi.ffi_call(_DECODE_ATTENTION, _like(q))
+    out: jax.Array = call(pages, q, page_table, lengths)
+    return out
+
+
+def prefill_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    row_offsets: jax.Array,
+    cached_lengths: jax.Array,
+    /,
+) -> jax.Array:
+    """See `pallas_kernels.xla.prefill_attention`."""
+    call = jax.ffi.ffi_call(_PREFILL_ATTENTION, _like(q))
+    out: jax.Array = call(pages, q, page_table, row_offsets, cached_lengths)
+    return out
+
+
+def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
