@@ -26,22 +26,24 @@ from duetjax.checkpoint.source import (
     resolve_model,
 )
 from duetjax.checkpoint.weights import read_weights
-from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
+from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.host import free_host_memory, host_memory
 from duetjax.model.decoder import Definition
+from duetjax.model.kv_pages import Kernels
 from duetjax.planning import make_planning, read_profiles
 from duetjax.policy.launch import Program
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler
-from duetjax.runtime import compilations
+from duetjax.runtime import compilations, host_kernels
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import Executables, JaxDevice
+from duetjax.runtime.host_lanes import HostLanes
 from duetjax.runtime.in_order import InOrder
 from duetjax.runtime.measured_profile import measured_profile
 from duetjax.runtime.memory import DeviceMemory, MemoryPlan, check_free, kv_bytes, plan_memory
-from duetjax.runtime.programs import Buckets, Programs, Upkeep
+from duetjax.runtime.programs import Buckets, Leaves, Programs, Upkeep
 from duetjax.runtime.shape_profile import shape_profile
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
@@ -152,14 +154,14 @@ def build_engine(
     profiles = read_profiles(engine, shapes)
     weights = _load_weights(source, programs, load_format, engine.seed)
     executables = _compile(programs, memory, engine)
-    device = JaxDevice(programs, executables, programs.definition.ordered(weights))
+    executor = _executor(programs, executables, programs.definition.ordered(weights))
     if profiles is not None and profiles.model is shapes:
-        profiles = replace(profiles, model=measured_profile(shapes, device, profiles.hardware))
+        profiles = replace(profiles, model=measured_profile(shapes, executor, profiles.hardware))
     calibrations = default_folder().with_name("calibrations")
     planning = make_planning(engine, profiles, limits, calibrations)
     client = EngineClient(
         Scheduler(limits, planning.policy, planning.pace),
-        InOrder(device),
+        executor,
         vocab_size=source.config.vocab_size,
         on_close=planning.close,
     )
@@ -187,11 +189,37 @@ def _plan(
     plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=True))
     check_context(config, plan.max_model_len)
     slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
-    programs = Programs(config, plan.layout, slots, _buckets(engine, plan), target, xla)
+    kernels: Kernels = xla
+    if _has_lanes(config, engine, str(np.dtype(jnp.dtype(dtype)))):
+        kernels, plan = host_kernels, replace(plan, layout=replace(plan.layout, in_pool=True))
+    programs = Programs(config, plan.layout, slots, _buckets(engine, plan), target, kernels)
     memory = replace(memory, slots=slots.num_bytes)
     pool = plan.layout.num_pages * plan.layout.page_bytes
     check_free(engine, memory, pool, free_host_memory())
     return programs, memory, plan
+
+
+def _has_lanes(config: ModelConfig, engine: EngineConfig, dtype: str) -> bool:
+    """Whether lanes run beside each other; if they were asked for and cannot, `ConfigError`."""
+    if engine.backend == Backend.JAX:
+        return False
+    reason = host_kernels.why_not(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+    if reason is None:
+        host_kernels.register()
+        return True
+    if engine.backend == Backend.LANES:
+        raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
+    _log.warning("launches are plain JAX calls, one after another: %s", reason)
+    return False
+
+
+def _executor(programs: Programs, executables: Executables, weights: Leaves) -> HostLanes | InOrder:
+    """What runs launches, with memory for the KV pages."""
+    layout = programs.layout
+    if not layout.in_pool:
+        return InOrder(JaxDevice(programs, executables, weights))
+    pool = host_kernels.open_pool(layout)
+    return HostLanes(programs, executables, weights, pool)
 
 
 def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:

@@ -214,6 +214,11 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what the model costs; default: a shipped one, else its programs are timed",
     )
+    group.add_argument(
+        "--backend",
+        default=default.backend,
+        help="what runs launches: lanes (beside each other), jax (plain calls) or auto",
+    )
 
 
 def _max_model_len(text: str) -> int | None:

@@ -292,6 +292,14 @@ class PolicyName(StrEnum):
     DUET = "duet"
 
 
+class Backend(StrEnum):
+    """What runs launches: lanes beside each other, or plain JAX calls; AUTO: lanes if they can."""
+
+    AUTO = "auto"
+    LANES = "lanes"
+    JAX = "jax"
+
+
 _DETERMINISTIC = (PolicyName.AGGREGATED, PolicyName.PREFILL_FIRST)
 _INTEGERS = (  # fields of EngineConfig
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
@@ -315,7 +323,8 @@ class EngineConfig:
     per launch with static-split, the most of them with duet. tbt_slo_ms: objective for the time
     between tokens of requests that bring none. hardware_profile: a shipped name or a file, by which
     launches are foretold; aggregated-slo and duet need one. model_profile: a file; None is the
-    shipped one of the model's name, and without one programs are timed at start.
+    shipped one of the model's name, and without one programs are timed at start. backend: what
+    runs launches, see `Backend`.
     """
 
     max_model_len: int | None = None
@@ -334,6 +343,7 @@ class EngineConfig:
     tbt_slo_ms: float = 50.0
     model_profile: str | Path | None = None
     hardware_profile: str | Path | None = None
+    backend: str = Backend.AUTO
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -342,6 +352,8 @@ class EngineConfig:
                 raise ConfigError(f"{flag(name)} {value!r} must be an integer")
         if self.policy not in list(PolicyName):
             raise ConfigError(f"--policy {self.policy}: choose {', '.join(PolicyName)}")
+        if self.backend not in list(Backend):
+            raise ConfigError(f"--backend {self.backend}: choose {', '.join(Backend)}")
         if self.deterministic and self.policy not in _DETERMINISTIC:
             raise ConfigError("--deterministic has launches of its own; leave --policy out")
         for name in ("model_profile", "hardware_profile"):

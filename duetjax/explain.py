@@ -3,10 +3,8 @@
 From profiles alone: no GPU, no weights, no jax. Decides nothing itself; `policy` does.
 """
 
-import importlib.resources
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -24,12 +22,18 @@ from duetjax.policy.partition import Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Load
 from duetjax.policy.profiles import Basis, HardwareProfile, ModelProfile
 from duetjax.policy.roofline import Attention
+from duetjax.profile_files import (
+    Kind,
+    read_hardware_profile,
+    read_model_profile,
+    shipped,
+    shipped_file,
+)
 
 _PREFILL = re.compile(r"(\d{1,8})(?::(\d{1,8}))?", re.ASCII)
 _DECODE = re.compile(r"(\d{1,8})x(\d{1,8})", re.ASCII)
 _MOST_BUDGET = 65_536
 _MOST_TOKENS = 2**24  # of a prompt or a context; any sum of them stays within the roofline's bounds
-_MOST_PROFILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,48 +258,31 @@ def _sizes(model: ModelProfile, budget: int, rows: int) -> Sizes:
 
 
 def _model_profile(request: ExplainRequest) -> ModelProfile:
-    shipped = ", ".join(_shipped("profiles"))
+    names = shipped(Kind.MODEL)
     if (request.model is None) == (request.model_profile is None):
-        raise ConfigError(f"give --model ({shipped}) or --model-profile FILE, one of them")
-    if request.model is not None and request.model not in _shipped("profiles"):
+        raise ConfigError(f"give --model ({', '.join(names)}) or --model-profile FILE, one of them")
+    if request.model_profile is not None:
+        return read_model_profile(request.model_profile)
+    if request.model not in names:
         raise ConfigError(
-            f"--model {short(request.model)}: no profile of it is shipped, only of {shipped}; make"
-            " one by `duetjax compile --model MODEL --gpu NAME --profile FILE` and give it as"
-            " --model-profile FILE"
+            f"--model {short(request.model)}: no profile of it is shipped, only of"
+            f" {', '.join(names)}; make one by `duetjax compile --model MODEL --gpu NAME --profile"
+            " FILE` and give it as --model-profile FILE"
         )
-    return _read(ModelProfile.from_json, request.model_profile, "profiles", request.model)
+    return read_model_profile(shipped_file(Kind.MODEL, request.model))
 
 
 def _hardware_profile(request: ExplainRequest) -> HardwareProfile:
-    shipped = ", ".join(_shipped("hardware"))
+    names = shipped(Kind.HARDWARE)
     if (request.gpu is None) == (request.hardware_profile is None):
-        raise ConfigError(f"give --gpu ({shipped}) or --hardware-profile FILE, one of them")
-    if request.gpu is not None and request.gpu not in _shipped("hardware"):
         raise ConfigError(
-            f"--gpu {short(request.gpu)}: choose {shipped}, or give --hardware-profile FILE"
+            f"give --gpu ({', '.join(names)}) or --hardware-profile FILE, one of them"
         )
-    return _read(HardwareProfile.from_json, request.hardware_profile, "hardware", request.gpu)
-
-
-def _shipped(kind: str) -> list[str]:
-    return sorted(file.stem for file in _folder(kind).glob("*.json"))
-
-
-def _folder(kind: str) -> Path:
-    return Path(str(importlib.resources.files("duetjax.presets"))) / kind
-
-
-def _read[P](
-    from_json: Callable[[object, str], P], file: Path | None, kind: str, name: str | None
-) -> P:
-    """A profile from its file, or the shipped one of that name."""
-    file = _folder(kind) / f"{name}.json" if file is None else file
-    try:
-        if file.stat().st_size > _MOST_PROFILE_BYTES:
-            raise ConfigError(f"{file}: too large for a profile; name another file")
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; name a profile's file") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not JSON; name a profile's file") from error
-    return from_json(value, str(file))
+    if request.hardware_profile is not None:
+        return read_hardware_profile(request.hardware_profile)
+    if request.gpu not in names:
+        raise ConfigError(
+            f"--gpu {short(request.gpu)}: choose {', '.join(names)}, or give --hardware-profile"
+            " FILE"
+        )
+    return read_hardware_profile(shipped_file(Kind.HARDWARE, request.gpu))

@@ -44,7 +44,10 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of the cache: `num_pages` pages P (dummy included) of `page_size` tokens S."""
+    """Shape of the cache: `num_pages` pages P (dummy included) of `page_size` tokens S.
+
+    in_pool: the pages lie outside XLA, and programs pass what names an array of them, [2] int32.
+    """
 
     num_pages: int
     page_size: int
@@ -52,6 +55,7 @@ class KVLayout:
     head_dim: int
     num_arrays: int
     dtype: DTypeLike
+    in_pool: bool = False
 
     @classmethod
     def of(
@@ -65,6 +69,11 @@ class KVLayout:
     def shape(self) -> tuple[int, int, int, int, int]:
         """Shape of one array, [P, K, 2, S, D]."""
         return (self.num_pages, self.num_kv_heads, 2, self.page_size, self.head_dim)
+
+    @property
+    def operand(self) -> tuple[tuple[int, ...], DTypeLike]:
+        """Shape and dtype of what programs pass for one array."""
+        return ((2,), jnp.int32) if self.in_pool else (self.shape, self.dtype)
 
     @property
     def page_bytes(self) -> int:

@@ -8,6 +8,9 @@ signatures and their meaning are those of `pallas_kernels.xla`. See launcher/csr
 from functools import cache
 
 import jax
+import jax.numpy as jnp
+
+from duetjax.model.kv_pages import KVLayout
 
 try:
     import duetjax._launcher as _launcher
@@ -43,6 +46,18 @@ def register() -> None:
         (_PREFILL_ATTENTION, _launcher.kv_prefill_attention),
     ):
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
+
+
+def open_pool(layout: KVLayout) -> "_launcher.KVPool":
+    """Pages in memory of the launcher's, zeros at first. Raises `MemoryError`."""
+    return _launcher.KVPool(
+        layout.num_arrays,
+        layout.num_pages,
+        layout.num_kv_heads,
+        layout.page_size,
+        layout.head_dim,
+        str(jnp.dtype(layout.dtype)),
+    )
 
 
 def write_kv(

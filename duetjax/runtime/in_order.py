@@ -27,6 +27,10 @@ class InOrder:
         self._device = device
         self._submitted: queue.SimpleQueue[Launch | None] = queue.SimpleQueue()
 
+    def run(self, launch: Launch) -> StepResult:
+        """Runs a launch of one step and waits for it; only before `start`."""
+        return self._device.result(self._device.submit(launch))
+
     def start(self, deliver: Deliver) -> None:
         """See `Executor`."""
         self._thread = threading.Thread(

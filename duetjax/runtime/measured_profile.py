@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Protocol
 
-from duetjax.policy.launch import Launch, Program, StepResult, Ticket
+from duetjax.policy.launch import Launch, Program, StepResult
 from duetjax.policy.profiles import Cost, HardwareProfile, ModelProfile
 
 _log = logging.getLogger(__name__)
@@ -18,13 +18,10 @@ _MOST_SECONDS = 10.0
 
 
 class Device(Protocol):
-    """What programs are timed on; `executor.JaxDevice` is one. It serves nobody yet."""
+    """What programs are timed on: an executor that serves nobody yet."""
 
-    def submit(self, launch: Launch) -> Ticket:
-        """Starts a launch."""
-
-    def result(self, ticket: Ticket, step: int = 0) -> StepResult:
-        """Waits for it."""
+    def run(self, launch: Launch) -> StepResult:
+        """Runs a launch of one step and waits for it."""
 
 
 def measured_profile(
@@ -57,7 +54,7 @@ def _fastest(device: Device, launch: Launch) -> float:
     seconds = []
     for _ in range(1 + _REPEATS):  # the first one is slow
         began = time.perf_counter()
-        device.result(device.submit(launch))
+        device.run(launch)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 

@@ -319,7 +319,7 @@ class Programs:
     def _abstract_state(self) -> DeviceState:
         rows = self.slots.rows
         return DeviceState(
-            kv=[self._abstract(self.layout.shape, self.layout.dtype)] * self.layout.num_arrays,
+            kv=[self._abstract(*self.layout.operand)] * self.layout.num_arrays,
             counts=self._abstract((rows, self.slots.vocab_size), jnp.int16),
             progress=self._abstract((rows, PROGRESS_WORDS), jnp.int32),
         )
