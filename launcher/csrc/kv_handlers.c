@@ -197,6 +197,7 @@ static xla_error *decode(const struct xla_call *call, struct kv_attention *work)
         starts[row] = length > 0 ? length - 1 : 0;
     }
     work->offsets = offsets, work->starts = starts, work->num_rows = rows;
+    work->is_decode = true;
     xla_error *error = attention(call, work);
     free(offsets);
     return error;

@@ -27,6 +27,7 @@ struct kv_attention {
     void *out;
     const int32_t *page_table, *offsets, *starts;
     size_t num_queries, num_query_heads, num_rows, table_width;
+    bool is_decode; /* one query a row: sums are ordered otherwise than for many */
 };
 
 /* Pieces of the work that may run at the same time; 0 if the sizes are not supported. */
