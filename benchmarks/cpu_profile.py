@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
@@ -110,7 +111,9 @@ def measured(most: int, repeats: int) -> list[Measured]:
 def profile(name: str, found: Sequence[Measured]) -> HardwareProfile:
     """The profile; where more cores came out slower than fewer, the fewer count."""
     by, machine = Basis.MEASURED, processor()
-    product = f"float32 product of {PRODUCT_SIZE} by {PRODUCT_SIZE} matrices, JAX"
+    jax = f"JAX {version('jax')}"
+    product = f"float32 product of {PRODUCT_SIZE} by {PRODUCT_SIZE} matrices, {jax}"
+    bound = "benchmarks/cpu_profile.py: each number of cores in a process bound to them"
     share = Origin(Basis.DERIVED, "a process can be bound to any number of cores")
     unknown = Origin(Basis.ASSUMED, "until measured")
     flops = accumulate([each.flops_per_s for each in found], max)
@@ -132,12 +135,12 @@ def profile(name: str, found: Sequence[Measured]) -> HardwareProfile:
             "core_step": share,
             "min_decode_cores": share,
             "min_prefill_cores": share,
-            "curve_cores": Origin(by, "each number of cores in a process bound to them"),
+            "curve_cores": Origin(by, bound),
             "curve_flops_per_s": Origin(by, product),
             "curve_bytes_per_s": Origin(by, f"copies of {COPY_BYTES >> 20} MiB, both ways counted"),
             "contention_decode": unknown,
             "contention_prefill": unknown,
-            "launch_us": Origin(by, "a jitted addition of scalars, waited for"),
+            "launch_us": Origin(by, f"a jitted addition of scalars, waited for, {jax}"),
             "interconnect_bytes_per_s": Origin(Basis.ASSUMED, "that of its own memory"),
         },
     )

@@ -50,6 +50,7 @@ class Calibration:
         }
         self._errors = _Window(ERROR_WINDOW)
         self._overruns = _Window(ERROR_WINDOW)
+        self._unmeasured = 0  # in a row
 
     def factor(self, lane: Lane, program: Program) -> float:
         """What to multiply the roofline's prediction by; 1.3 until there are measurements."""
@@ -75,13 +76,17 @@ class Calibration:
     ) -> None:
         """Learns from one launch; predicted_ms is the roofline's, without the factor.
 
-        A measurement that is not finite or not positive teaches nothing. `is_trusted` ends when the
-        median error exceeds 30 % and returns when it is below 20 %.
+        A measurement that is not finite or not positive teaches nothing, but 20 of them in a row
+        end `is_trusted`: nobody knows how wrong it is by now. So does a median error above 30 %;
+        it returns when that is below 20 %.
         """
         if not (isfinite(predicted_ms) and predicted_ms > 0):
             raise ValueError(f"a prediction must be finite and positive, not {predicted_ms}")
         if not (isfinite(measured_ms) and measured_ms > 0):
+            self._unmeasured += 1
+            self.is_trusted = self.is_trusted and self._unmeasured < FEWEST_ERRORS
             return
+        self._unmeasured = 0
         ratios = self._ratios[lane, program]
         self._errors.add(min(abs(ratios.median * (predicted_ms / measured_ms) - 1), MOST_ERROR))
         self._overruns.add(min(measured_ms / (ratios.median * predicted_ms), MOST_SLACK))

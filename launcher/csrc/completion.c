@@ -196,15 +196,18 @@ void duet_completion_stop(duet_device *device) {
     device->has_poller = false;
 }
 
+/* The poller has ended. */
 void duet_completion_close(duet_device *device) {
+    pthread_mutex_lock(&device->mutex);
     if (device->read_end >= 0)
         close(device->read_end);
     if (device->write_end >= 0 && device->write_end != device->read_end)
         close(device->write_end);
     device->read_end = device->write_end = -1;
+    pthread_mutex_unlock(&device->mutex);
 }
 
-static struct timespec deadline_in(int64_t timeout_ns) {
+struct timespec duet_deadline_in(int64_t timeout_ns) {
     const int64_t second = 1000000000;
     struct timespec at;
     clock_gettime(CLOCK_MONOTONIC, &at);
@@ -215,6 +218,13 @@ static struct timespec deadline_in(int64_t timeout_ns) {
     if (at.tv_nsec >= second)
         at.tv_sec++, at.tv_nsec -= second;
     return at;
+}
+
+bool duet_is_past(struct timespec deadline) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec != deadline.tv_sec ? now.tv_sec > deadline.tv_sec
+                                         : now.tv_nsec >= deadline.tv_nsec;
 }
 
 static int failure(const duet_device *device) {
@@ -234,7 +244,7 @@ int duet_wait(duet_device *device, enum duet_lane which, uint64_t step, int64_t 
     struct lane *lane = lane_of(device, which);
     if (lane == NULL)
         return DUET_INVALID;
-    struct timespec deadline = deadline_in(timeout_ns < 0 ? 0 : timeout_ns);
+    struct timespec deadline = duet_deadline_in(timeout_ns < 0 ? 0 : timeout_ns);
     int status = DUET_OK;
     pthread_mutex_lock(&device->mutex);
     if (device->stopping)
@@ -263,36 +273,37 @@ int duet_completed(duet_device *device, enum duet_lane which, uint64_t *step) {
     return is_over ? failure(device) : DUET_OK;
 }
 
-/* Waits until no lane is busy; false if that took too long, or the device is dead. */
-bool duet_completion_drain(duet_device *device, int64_t timeout_ns) {
-    struct timespec deadline = deadline_in(timeout_ns);
+/* Waits until the poller has seen every step completed; not if the device is dead. */
+void duet_completion_drain(duet_device *device, struct timespec deadline) {
     bool in_time = true;
     pthread_mutex_lock(&device->mutex);
-    while (in_time && !atomic_load(&device->dead) && is_busy(device))
+    while (in_time && !device->stopping && !atomic_load(&device->dead) && is_busy(device))
         in_time = pthread_cond_timedwait(&device->advanced, &device->mutex, &deadline) == 0;
-    bool is_idle = !atomic_load(&device->dead) && !is_busy(device);
     pthread_mutex_unlock(&device->mutex);
-    return is_idle;
 }
 
-int duet_descriptor(const duet_device *device) {
-    return device->read_end;
+int duet_descriptor(duet_device *device) {
+    pthread_mutex_lock(&device->mutex);
+    int descriptor = device->read_end;
+    pthread_mutex_unlock(&device->mutex);
+    return descriptor;
 }
 
+/* With the lock, so that the descriptor is not closed meanwhile, and its number another's. */
 void duet_clear(duet_device *device) {
     uint64_t rest[64];
-    while (read(device->read_end, rest, sizeof rest) == (ssize_t)sizeof rest)
+    pthread_mutex_lock(&device->mutex);
+    while (device->read_end >= 0 &&
+           read(device->read_end, rest, sizeof rest) == (ssize_t)sizeof rest)
         ;
+    pthread_mutex_unlock(&device->mutex);
 }
 
-int duet_result(duet_device *device, enum duet_lane which, uint64_t step, const void **data,
-                size_t *bytes) {
-    struct lane *lane = lane_of(device, which);
-    if (lane == NULL)
-        return DUET_INVALID;
-    if (device->read_end < 0)
-        return duet_fail(DUET_STATE, "the device is closed");
+static int result(duet_device *device, const struct lane *lane, uint64_t step, const void **data,
+                  size_t *bytes) {
     uint64_t completed = atomic_load(&lane->completed);
+    if (device->stopping)
+        return failure(device);
     if (step == 0 || step > completed)
         return duet_fail(DUET_STATE, "step %llu has not completed: %llu have",
                          (unsigned long long)step, (unsigned long long)completed);
@@ -303,4 +314,36 @@ int duet_result(duet_device *device, enum duet_lane which, uint64_t step, const 
     *data = lane->results + slot * device->result_bytes;
     *bytes = lane->result_sizes[slot];
     return DUET_OK;
+}
+
+/* With the lock: a slot that is looked at is neither released nor given back. */
+int duet_result(duet_device *device, enum duet_lane which, uint64_t step, const void **data,
+                size_t *bytes) {
+    struct lane *lane = lane_of(device, which);
+    if (lane == NULL)
+        return DUET_INVALID;
+    pthread_mutex_lock(&device->mutex);
+    int status = result(device, lane, step, data, bytes);
+    pthread_mutex_unlock(&device->mutex);
+    return status;
+}
+
+static int release(duet_device *device, struct lane *lane, uint64_t step) {
+    if (device->stopping)
+        return failure(device);
+    if (step > atomic_load(&lane->completed))
+        return duet_fail(DUET_STATE, "step %llu has not completed", (unsigned long long)step);
+    if (step > atomic_load(&lane->released))
+        atomic_store(&lane->released, step);
+    return DUET_OK;
+}
+
+int duet_release(duet_device *device, enum duet_lane which, uint64_t step) {
+    struct lane *lane = lane_of(device, which);
+    if (lane == NULL)
+        return DUET_INVALID;
+    pthread_mutex_lock(&device->mutex);
+    int status = release(device, lane, step);
+    pthread_mutex_unlock(&device->mutex);
+    return status;
 }

@@ -5,7 +5,7 @@
 
 #include "internal.h"
 
-enum { CLOSE_TIMEOUT_S = 5 };
+static const int64_t CLOSE_TIMEOUT_NS = 5 * (int64_t)1000000000;
 
 int duet_enter(duet_device *device) {
     pthread_mutex_lock(&device->writer);
@@ -227,14 +227,15 @@ int duet_open(const struct duet_options *options, duet_device **device) {
 
 /* What follows gives back as much as there is, whatever the driver answers: it may be dead. */
 
-static void close_lane(duet_device *device, struct lane *lane) {
+/* Pinned memory is only given back once nothing can write to it any more. */
+static void close_lane(duet_device *device, struct lane *lane, bool is_idle) {
     if (lane->tail != NULL)
         GIVE_BACK(device, cuEventDestroy, lane->tail);
     for (unsigned i = 0; lane->step_ends != NULL && i < device->result_slots; i++)
         if (lane->step_ends[i] != NULL)
             GIVE_BACK(device, cuEventDestroy, lane->step_ends[i]);
     void *pinned[] = {(void *)lane->counter, lane->results, lane->staging.memory};
-    for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++)
+    for (size_t i = 0; is_idle && i < sizeof pinned / sizeof *pinned; i++)
         if (pinned[i] != NULL)
             GIVE_BACK(device, cuMemFreeHost, pinned[i]);
     free(lane->step_ends);
@@ -243,48 +244,70 @@ static void close_lane(duet_device *device, struct lane *lane) {
     lane->counter = NULL, lane->results = NULL, lane->staging.memory = NULL;
 }
 
-static void close_splits(duet_device *device) {
+static void close_splits(duet_device *device, bool is_idle) {
     for (size_t i = 0; i < device->num_splits; i++)
         for (int lane = 0; lane < DUET_LANES; lane++)
             if (device->splits[i].streams[lane] != NULL)
                 GIVE_BACK(device, cuStreamDestroy, device->splits[i].streams[lane]);
-    for (size_t i = 0; i < device->num_splits; i++)
+    for (size_t i = 0; is_idle && i < device->num_splits; i++)
         for (int lane = 0; lane < DUET_LANES; lane++)
             if (device->splits[i].contexts[lane] != NULL)
                 GIVE_BACK(device, cuGreenCtxDestroy, device->splits[i].contexts[lane]);
-    free(device->splits);
-    device->splits = NULL, device->num_splits = 0;
 }
 
+/* Whether all that was enqueued is done by then, copies behind the last step and what a device that
+ * we gave up still runs included. A stream that answers with an error runs nothing any more. */
+static bool is_done_by(duet_device *device, struct timespec deadline) {
+    const struct timespec pause = {.tv_nsec = 1000000};
+    for (size_t i = 0; i < device->num_splits; i++)
+        for (int lane = 0; lane < DUET_LANES; lane++) {
+            drv_stream stream = device->splits[i].streams[lane];
+            while (stream != NULL && device->driver.cuStreamQuery(stream) == DRV_ERROR_NOT_READY) {
+                if (duet_is_past(deadline))
+                    return false;
+                nanosleep(&pause, NULL);
+            }
+        }
+    return true;
+}
+
+/* Work that does not finish may yet run. The driver gives back streams, events and graphs behind
+ * it, but memory and contexts at once: those are left to the end of the process, as is our reference
+ * to the primary context, in which that memory is. */
 static void close_inside(duet_device *device) {
+    struct timespec deadline = duet_deadline_in(CLOSE_TIMEOUT_NS);
+    drv_context ours;
+    duet_completion_drain(device, deadline);
+    GIVE_BACK(device, cuCtxPushCurrent, device->primary);
+    bool is_idle = is_done_by(device, deadline);
+    duet_completion_stop(device);
     duet_capture_forget(device);
     for (duet_program *program = device->programs; program != NULL; program = program->next)
         duet_program_drop(program);
     device->programs = NULL;
-    close_splits(device);
+    close_splits(device, is_idle);
     for (int lane = 0; lane < DUET_LANES; lane++)
-        close_lane(device, &device->lanes[lane]);
+        close_lane(device, &device->lanes[lane], is_idle);
+    GIVE_BACK(device, cuCtxPopCurrent, &ours);
+    if (is_idle)
+        GIVE_BACK(device, cuDevicePrimaryCtxRelease, device->id);
+    device->primary = NULL;
 }
 
 void duet_close(duet_device *device) {
-    duet_completion_drain(device, CLOSE_TIMEOUT_S * (int64_t)1000000000);
     pthread_mutex_lock(&device->writer);
-    duet_completion_stop(device);
-    if (device->primary != NULL) {
-        drv_context ours;
-        GIVE_BACK(device, cuCtxPushCurrent, device->primary);
+    if (device->primary != NULL)
         close_inside(device);
-        GIVE_BACK(device, cuCtxPopCurrent, &ours);
-        GIVE_BACK(device, cuDevicePrimaryCtxRelease, device->id);
-        device->primary = NULL;
-    }
     driver_unload(&device->driver);
     duet_completion_close(device);
     pthread_mutex_unlock(&device->writer);
 }
 
 void duet_free(duet_device *device) {
+    if (device == NULL)
+        return;
     duet_close(device);
+    free(device->splits);
     pthread_cond_destroy(&device->advanced);
     pthread_cond_destroy(&device->work);
     pthread_mutex_destroy(&device->mutex);

@@ -11,7 +11,6 @@ struct entry {
 
 #define ENTRY(name, symbol, parameters) {offsetof(struct driver, name), symbol},
 static const struct entry required[] = {DRIVER_REQUIRED(ENTRY)};
-static const struct entry optional[] = {DRIVER_OPTIONAL(ENTRY)};
 #undef ENTRY
 
 #define LENGTH(array) (sizeof(array) / sizeof(array)[0])
@@ -43,8 +42,6 @@ int driver_load(struct driver *driver, const char *path, char *error, size_t err
         driver_unload(driver);
         return -1;
     }
-    for (size_t i = 0; i < LENGTH(optional); i++)
-        fill(driver, &optional[i]);
     return 0;
 }
 

@@ -305,15 +305,6 @@ typedef struct drv_resource {
     void *next; /* older headers do not name it */
 } drv_resource;
 
-/* One group asked of cuDevSmResourceSplit (CUDA 13.1). */
-typedef struct drv_group_params {
-    unsigned int sm_count;
-    unsigned int coscheduled_sm_count;
-    unsigned int preferred_coscheduled_sm_count;
-    unsigned int flags;
-    unsigned int reserved[12];
-} drv_group_params;
-
 /* Every function without which the launcher does not start: X(name, exported symbol, parameters).
  * The symbol is spelled out because the name alone would find an older form with another signature
  * (cuGraphGetEdges without edge data, cuMemAlloc with 32-bit addresses). All return drv_result. */
@@ -438,18 +429,11 @@ typedef struct drv_group_params {
     X(cuPointerGetAttribute, "cuPointerGetAttribute",                                              \
       (void *value, drv_pointer_attribute attribute, drv_address address))
 
-/* Functions that only newer drivers have: their field is NULL where they are absent. */
-#define DRIVER_OPTIONAL(X)                                                                         \
-    X(cuDevSmResourceSplit, "cuDevSmResourceSplit",                                                \
-      (drv_resource *result, unsigned int num_groups, const drv_resource *input,                   \
-       drv_resource *remaining, unsigned int flags, drv_group_params *groups))
-
 #define DRIVER_FIELD(name, symbol, parameters) drv_result(*name) parameters;
 
 struct driver {
     void *library; /* what dlopen gave; owned, closed by driver_unload */
     DRIVER_REQUIRED(DRIVER_FIELD)
-    DRIVER_OPTIONAL(DRIVER_FIELD)
 };
 
 #undef DRIVER_FIELD

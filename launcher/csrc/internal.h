@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #include "driver.h"
 #include "launcher.h"
@@ -60,9 +61,9 @@ struct duet_device {
     pthread_mutex_t mutex; /* guards what follows; never held while calling the driver */
     pthread_cond_t advanced, work;
     pthread_t poller;
-    bool has_poller, stopping;
+    bool has_poller, stopping; /* stopping: closed, for calls that take only this lock */
     atomic_bool dead;
-    char why[256]; /* it is dead */
+    char why[256]; /* it is dead; written once, before `dead` is set */
     int read_end, write_end;
 };
 
@@ -155,6 +156,8 @@ int duet_completion_open(duet_device *device);
 void duet_completion_stop(duet_device *device);
 void duet_completion_close(duet_device *device);
 void duet_completion_work(duet_device *device);
-bool duet_completion_drain(duet_device *device, int64_t timeout_ns);
+void duet_completion_drain(duet_device *device, struct timespec deadline);
+struct timespec duet_deadline_in(int64_t timeout_ns);
+bool duet_is_past(struct timespec deadline);
 
 #endif

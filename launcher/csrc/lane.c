@@ -211,23 +211,3 @@ int duet_launch(duet_program *program, enum duet_lane lane, size_t split, unsign
     duet_completion_work(device);
     return duet_leave(device, status);
 }
-
-static int release(duet_device *device, enum duet_lane which, uint64_t step) {
-    int status = check_lane(device, which, 0);
-    if (status != DUET_OK)
-        return status;
-    struct lane *lane = &device->lanes[which];
-    if (step > atomic_load(&lane->completed))
-        return duet_fail(DUET_STATE, "step %llu has not completed", (unsigned long long)step);
-    if (step > atomic_load(&lane->released))
-        atomic_store(&lane->released, step);
-    return DUET_OK;
-}
-
-int duet_release(duet_device *device, enum duet_lane lane, uint64_t step) {
-    pthread_mutex_lock(&device->writer);
-    int status = device->primary == NULL ? duet_fail(DUET_STATE, "the device is closed")
-                                         : release(device, lane, step);
-    pthread_mutex_unlock(&device->writer);
-    return status;
-}

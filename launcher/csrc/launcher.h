@@ -5,9 +5,13 @@
  * one executable, recorded once and replayed on any lane and split it was built for. Nothing here
  * waits for the GPU except duet_wait and duet_close.
  *
- * Threads: any function may be called from any thread. Calls that change a device take turns;
- * duet_wait, duet_completed and duet_result never wait for those. A closed device answers every
- * call with DUET_STATE; it is freed after its programs.
+ * Threads: any function may be called from any thread, duet_close included. Calls that change a
+ * device take turns; duet_wait, duet_completed, duet_result, duet_release and duet_clear never wait
+ * for those. A closed device answers every call that can fail with DUET_STATE (DUET_DEAD, if it had
+ * failed), except for facts that never change: splits, census, outputs. The caller's duty: nothing
+ * uses a program or a device while it is freed, or afterwards; what duet_result points to is not
+ * read once the step has been released or the device closed; and duet_descriptor's is not watched
+ * once the device is closed.
  *
  * Every function that can fail returns a status. duet_last_error() then has one line about it,
  * kept for each thread until its next failure.
@@ -73,9 +77,10 @@ struct duet_range {
 const char *duet_last_error(void);
 
 int duet_open(const struct duet_options *options, duet_device **device);
-/* Lets lanes finish (5 s at most), then gives everything back to the driver. Idempotent. */
+/* Lets lanes finish (5 s at most), then gives everything back to the driver, except what work that
+ * has not finished may still use: that is never given back. Idempotent. */
 void duet_close(duet_device *device);
-/* Closes, and frees the handle. Its programs must have been freed. */
+/* Closes, and frees the handle. Its programs must have been freed. NULL: nothing. */
 void duet_free(duet_device *device);
 /* Splits there are, 0 included; `split` may be NULL. DUET_INVALID: there is no such one. */
 size_t duet_num_splits(const duet_device *device);
@@ -92,7 +97,8 @@ int duet_capture_end(int64_t id);
 int duet_capture_take(duet_device *device, int64_t id, duet_program **program);
 int duet_capture_abort(duet_device *device);
 
-/* Waits for its own steps (5 s at most): what it uses may be freed behind it. */
+/* Waits for its own steps: what it uses may be freed behind it, unless a lane is stuck and 5 s have
+ * passed. NULL: nothing. */
 void duet_program_free(duet_program *program);
 struct duet_census duet_program_census(const duet_program *program);
 /* The addresses of the executable's outputs, as its marker saw them. */
@@ -103,14 +109,16 @@ int duet_program_add_copy(duet_program *program, duet_address dst, duet_address 
 int duet_program_add_result(duet_program *program, duet_address src, size_t bytes);
 /* DUET_UNSAFE unless every address that the program uses lies in a range; names the first stray. */
 int duet_program_check(duet_program *program, const struct duet_range *ranges, size_t count);
-/* DUET_UNSAFE if programs of two lanes use the same memory that is not shared. Both are checked. */
+/* DUET_UNSAFE if programs of two lanes use the same memory that is not shared. Both are checked, and
+ * of one device. */
 int duet_program_check_apart(const duet_program *one, const duet_program *other);
 /* Records the program anew on a lane of a split, where its kernels then stay. */
 int duet_program_build(duet_program *program, enum duet_lane lane, size_t split);
 bool duet_program_is_built(const duet_program *program, enum duet_lane lane, size_t split);
 
 /* Enqueues `steps` steps, each with its first `num_results` results, behind whatever the lane has.
- * Steps of a lane are numbered from 1: `last` is the last one's number. */
+ * Steps of a lane are numbered from 1: `last` is the last one's number. Every step takes a slot of
+ * the lane's ring until it is released, even one without results. */
 int duet_launch(duet_program *program, enum duet_lane lane, size_t split, unsigned steps,
                 unsigned num_results, uint64_t *last);
 /* Before the lane's next launch: a copy from the host (`src` may be reused on return) ... */
@@ -125,8 +133,8 @@ int duet_lane_wait(duet_device *device, enum duet_lane waiter, size_t split);
 /* Number of the lane's last completed step. */
 int duet_completed(duet_device *device, enum duet_lane lane, uint64_t *step);
 int duet_wait(duet_device *device, enum duet_lane lane, uint64_t step, int64_t timeout_ns);
-/* Readable once a step has completed or the device has failed, until duet_clear. */
-int duet_descriptor(const duet_device *device);
+/* Readable once a step has completed or the device has failed, until duet_clear. -1: closed. */
+int duet_descriptor(duet_device *device);
 void duet_clear(duet_device *device);
 /* The result of a completed step, valid until it is released: that one and all before it. */
 int duet_result(duet_device *device, enum duet_lane lane, uint64_t step, const void **data,

@@ -70,6 +70,8 @@ void duet_program_drop(duet_program *program) {
 }
 
 void duet_program_free(duet_program *program) {
+    if (program == NULL)
+        return;
     duet_device *device = program->device;
     for (int lane = 0; lane < DUET_LANES; lane++)
         duet_wait(device, lane, atomic_load(&program->last_step[lane]), FREE_TIMEOUT_NS);
@@ -211,7 +213,9 @@ int duet_program_check(duet_program *program, const struct duet_range *ranges, s
     return status == DUET_OK ? duet_leave(program->device, check(program, ranges, count)) : status;
 }
 
-int duet_program_check_apart(const duet_program *one, const duet_program *other) {
+static int check_apart(const duet_program *one, const duet_program *other) {
+    if (one->device != other->device)
+        return duet_fail(DUET_INVALID, "the programs are of two devices");
     if (!one->is_checked || !other->is_checked)
         return duet_fail(DUET_STATE, "check both programs before comparing them");
     for (size_t i = 0; i < one->num_private; i++)
@@ -223,6 +227,11 @@ int duet_program_check_apart(const duet_program *one, const duet_program *other)
                                  b->bytes, (unsigned long long)b->start);
         }
     return DUET_OK;
+}
+
+int duet_program_check_apart(const duet_program *one, const duet_program *other) {
+    int status = duet_enter(one->device);
+    return status == DUET_OK ? duet_leave(one->device, check_apart(one, other)) : status;
 }
 
 static int record(duet_program *program, drv_stream stream, drv_graph *graph) {
@@ -290,7 +299,7 @@ int duet_program_build(duet_program *program, enum duet_lane lane, size_t split)
 
 bool duet_program_is_built(const duet_program *program, enum duet_lane lane, size_t split) {
     pthread_mutex_lock(&program->device->writer);
-    bool is_built = check_place(program, lane, split) == DUET_OK &&
+    bool is_built = program->graph != NULL && check_place(program, lane, split) == DUET_OK &&
                     program->is_built[split * DUET_LANES + lane];
     pthread_mutex_unlock(&program->device->writer);
     return is_built;

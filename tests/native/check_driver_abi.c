@@ -277,14 +277,6 @@ FIELD(drv_resource, sm.coscheduled_alignment, CUdevResource, sm.smCoscheduledAli
 #if CUDA_VERSION >= 13050
 FIELD(drv_resource, next, CUdevResource, nextResource);
 #endif
-#if CUDA_VERSION >= 13010
-#define GROUP(ours, theirs) FIELD(drv_group_params, ours, CU_DEV_SM_RESOURCE_GROUP_PARAMS, theirs)
-SIZE(drv_group_params, CU_DEV_SM_RESOURCE_GROUP_PARAMS);
-GROUP(sm_count, smCount);
-GROUP(coscheduled_sm_count, coscheduledSmCount);
-GROUP(preferred_coscheduled_sm_count, preferredCoscheduledSmCount);
-GROUP(flags, flags);
-#endif
 
 /* The layouts agree; now let each of our types stand for theirs, and compare whole prototypes. */
 #define drv_device CUdevice
@@ -315,7 +307,6 @@ GROUP(flags, flags);
 #define drv_copy_3d CUDA_MEMCPY3D
 #define drv_resource CUdevResource
 #define drv_resource_type CUdevResourceType
-#define drv_group_params CU_DEV_SM_RESOURCE_GROUP_PARAMS
 
 #define SPELL(name) #name /* the argument has been expanded by then: cuMemAlloc is cuMemAlloc_v2 */
 #define CHECK(name, symbol, parameters)                                                            \
@@ -324,6 +315,3 @@ GROUP(flags, flags);
     _Static_assert(__builtin_strcmp(SPELL(name), symbol) == 0, symbol " is exported as another");
 
 DRIVER_REQUIRED(CHECK)
-#if CUDA_VERSION >= 13010
-DRIVER_OPTIONAL(CHECK)
-#endif

@@ -30,6 +30,7 @@ static struct {
     size_t left;   /* matching calls until it strikes; 0: not armed */
     drv_result code;
     bool sticky;
+    const char *struck; /* the call that it was; names are __func__ */
 } failure;
 
 /* ---- objects --------------------------------------------------------------------------------- */
@@ -117,6 +118,10 @@ static bool only_names_things(const char *name) {
     return strncmp(name, "cuGetError", strlen("cuGetError")) == 0;
 }
 
+static bool only_asks(const char *name) {
+    return strcmp(name, "cuEventQuery") == 0 || strcmp(name, "cuStreamQuery") == 0;
+}
+
 /* What a dead device's driver still answers. */
 static bool survives_death(const char *name) {
     return only_names_things(name) || strncmp(name, "cuCtx", strlen("cuCtx")) == 0 ||
@@ -133,9 +138,11 @@ static void log_call(const char *name) {
 }
 
 static drv_result injected(const char *name) {
-    bool matches = failure.name[0] ? strcmp(failure.name, name) == 0 : !only_names_things(name);
+    bool matches = failure.name[0] ? strcmp(failure.name, name) == 0
+                                   : !only_names_things(name) && !only_asks(name);
     if (!failure.left || !matches || --failure.left)
         return DRV_SUCCESS;
+    failure.struck = name;
     if (failure.sticky) {
         fake.dead = failure.code;
         pthread_cond_broadcast(&fake.changed);
@@ -206,7 +213,7 @@ void fake_reset(void) {
     fake.epoch++;
     fake.initialised = fake.stopping = fake.stalled = fake.no_memory_operations = false;
     fake.mode = FAKE_THREADS;
-    fake.delay_us = 0;
+    fake.delay_us = fake.slow_writes_us = 0;
     fake.shuffle = fake.random = 0;
     fake.dead = DRV_SUCCESS;
     pthread_mutex_unlock(&fake.lock);
@@ -296,6 +303,19 @@ void fake_fail(const char *name, size_t nth, drv_result code) {
 
 void fake_fail_sticky(const char *name, size_t nth, drv_result code) {
     arm(name, nth, code, true);
+}
+
+void fake_slow_writes_us(unsigned microseconds) {
+    pthread_mutex_lock(&fake.lock);
+    fake.slow_writes_us = microseconds;
+    pthread_mutex_unlock(&fake.lock);
+}
+
+const char *fake_struck(void) {
+    pthread_mutex_lock(&fake.lock);
+    const char *name = failure.struck;
+    pthread_mutex_unlock(&fake.lock);
+    return name;
 }
 
 static size_t live_objects(enum object_kind kind) {

@@ -91,6 +91,9 @@ void fake_stall(int stalled);
 /* In FAKE_THREADS mode: a pause before every operation. */
 void fake_delay_us(unsigned microseconds);
 
+/* cuStreamWriteValue64 returns this much after it has enqueued the write, which may run meanwhile. */
+void fake_slow_writes_us(unsigned microseconds);
+
 /* The device is dead from now on: nothing runs any more and every call returns `code`. */
 void fake_die(drv_result code);
 
@@ -141,8 +144,12 @@ const char *fake_log(size_t index);
 
 /* The nth call from now (1: the next) of the function `name` (NULL: of any) does nothing and
  * returns `code`. One failure is armed at a time; a code of DRV_SUCCESS disarms. With NULL the
- * calls that only name errors are not counted. */
+ * calls that only name errors are not counted, nor cuEventQuery and cuStreamQuery: how often
+ * somebody asks is a matter of time, and the nth call would be another one each time. */
 void fake_fail(const char *name, size_t nth, drv_result code);
+
+/* The name of the call that the last armed failure has struck; NULL: none yet. */
+const char *fake_struck(void);
 
 /* The same, and the device is dead from that call on, as after a fault: see fake_die. */
 void fake_fail_sticky(const char *name, size_t nth, drv_result code);

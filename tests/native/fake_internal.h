@@ -192,7 +192,7 @@ struct fake {
     unsigned epoch;          /* counts resets: the threads' context stacks of older ones are void */
     bool initialised, stopping, stalled, no_memory_operations;
     enum fake_mode mode;
-    unsigned delay_us;
+    unsigned delay_us, slow_writes_us;
     uint64_t shuffle, random;
     drv_result dead; /* DRV_SUCCESS: alive */
     int major, minor, driver_version;

@@ -228,7 +228,11 @@ drv_result cuStreamWriteValue64(drv_stream handle, drv_address address, uint64_t
     drv_result bad = flags > 1 ? DRV_ERROR_INVALID_VALUE : check_work(&work);
     if (fake.no_memory_operations)
         bad = DRV_ERROR_NOT_SUPPORTED;
-    return leave(bad ? bad : submit(stream, work, DRV_NODE_BATCH_MEM_OP));
+    unsigned slow_us = fake.slow_writes_us;
+    drv_result result = leave(bad ? bad : submit(stream, work, DRV_NODE_BATCH_MEM_OP));
+    if (slow_us)
+        usleep(slow_us);
+    return result;
 }
 
 /* ---- streams --------------------------------------------------------------------------------- */

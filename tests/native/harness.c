@@ -3,7 +3,9 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,11 +23,13 @@ static pthread_mutex_t note_lock = PTHREAD_MUTEX_INITIALIZER;
 static duet_program *programs[256];
 static size_t num_programs;
 static int64_t next_id = 100;
+static const char *running;        /* the test of this process */
+static atomic_size_t *num_injected; /* in memory that all processes share */
 
 /* ---- what must hold -------------------------------------------------------------------------- */
 
 void fail_at(const char *file, int line, const char *text) {
-    fprintf(stderr, "  %s:%d: %s\n", strrchr(file, '/') ? strrchr(file, '/') + 1 : file, line,
+    fprintf(stderr, "  %s\n  %s:%d: %s\n", running, strrchr(file, '/') ? strrchr(file, '/') + 1 : file, line,
             text);
     fprintf(stderr, "  last error: %s\n", duet_last_error());
     for (size_t i = 0; i < fake_violations() && fake_violation(i); i++)
@@ -164,8 +168,18 @@ void check_given_back(const char *when) {
         fail_at(__FILE__, __LINE__, text);
 }
 
+void end_here(void) {
+    fake_reset(); /* its threads end too */
+    _exit(0);
+}
+
+void count_injected(size_t calls) {
+    atomic_fetch_add(num_injected, calls);
+}
+
 static void finish(void) {
     drv_context left = NULL;
+    fake_drain(1); /* closing waits for what is enqueued, and here nobody else would run it */
     drop_device();
     check_given_back("at the end");
     CU(cu.cuCtxGetCurrent(&left));
@@ -307,47 +321,96 @@ extern const struct test split_tests[], capture_tests[], marker_tests[], recordi
     pointer_tests[], launch_tests[], lane_tests[], oracle_tests[], completion_tests[],
     thread_tests[], failure_tests[], order_tests[];
 
+/* Those that take longest first. */
 static const struct test *const suites[] = {
-    split_tests, capture_tests,    marker_tests, recording_tests, pointer_tests, launch_tests,
-    lane_tests,  oracle_tests, completion_tests, thread_tests,    failure_tests, order_tests};
+    completion_tests, failure_tests, oracle_tests, launch_tests, thread_tests,  split_tests,
+    capture_tests, marker_tests,     order_tests,  lane_tests,   pointer_tests, recording_tests};
 
-static int run_alone(const struct test *test) {
+enum { AT_ONCE = 4 }; /* they wait more than they work */
+
+static struct process {
+    pid_t id; /* 0: none */
+    const struct test *test;
+} processes[AT_ONCE];
+
+static pid_t run_alone(const struct test *test) {
     pid_t child = fork();
-    if (child == 0) {
-        alarm(180);
-        start();
-        test->run();
-        finish();
-        exit(0);
-    }
+    if (child != 0)
+        return child;
+    running = test->sentence;
+    alarm(150);
+    start();
+    test->run();
+    finish();
+    exit(0);
+}
+
+/* Waits until one of the processes has ended, and makes its place free; 1 if its test has failed. */
+static size_t reap(void) {
     int status = 0;
-    while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+    pid_t ended;
+    while ((ended = wait(&status)) < 0 && errno == EINTR)
         continue;
-    if (status == 0)
-        return 0;
-    if (WIFSIGNALED(status))
-        fprintf(stderr, "  ended by %s\n", strsignal(WTERMSIG(status)));
-    fprintf(stderr, "FAILED %s\n", test->sentence);
-    return 1;
+    for (size_t i = 0; i < AT_ONCE; i++) {
+        if (ended < 0 || processes[i].id != ended)
+            continue;
+        processes[i].id = 0;
+        if (WIFSIGNALED(status))
+            fprintf(stderr, "  ended by %s\n", strsignal(WTERMSIG(status)));
+        if (status != 0)
+            fprintf(stderr, "FAILED %s\n", processes[i].test->sentence);
+        return status != 0;
+    }
+    return 0;
+}
+
+static struct process *free_place(void) {
+    for (size_t i = 0; i < AT_ONCE; i++)
+        if (processes[i].id == 0)
+            return &processes[i];
+    return NULL;
+}
+
+static size_t begin(const struct test *test) {
+    size_t failures = free_place() ? 0 : reap();
+    struct process *place = free_place();
+    *place = (struct process){run_alone(test), test};
+    if (place->id > 0)
+        return failures;
+    fprintf(stderr, "FAILED %s: no process\n", test->sentence);
+    place->id = 0;
+    return failures + 1;
+}
+
+static bool is_any_left(void) {
+    for (size_t i = 0; i < AT_ONCE; i++)
+        if (processes[i].id != 0)
+            return true;
+    return false;
 }
 
 int main(int argc, char **argv) {
     char error[200];
     size_t failures = 0, count = 0;
     fake_path = argc > 1 ? argv[1] : NULL;
-    if (driver_load(&cu, fake_path, error, sizeof error)) {
-        fprintf(stderr, "%s\n", error);
+    num_injected = mmap(NULL, sizeof *num_injected, PROT_READ | PROT_WRITE,
+                        MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (num_injected == MAP_FAILED || driver_load(&cu, fake_path, error, sizeof error)) {
+        fprintf(stderr, "%s\n", num_injected == MAP_FAILED ? "no memory" : error);
         return 2;
     }
     for (size_t i = 0; i < sizeof suites / sizeof suites[0]; i++) {
         for (const struct test *test = suites[i]; test->run; test++) {
             if (argc > 2 && !strstr(test->sentence, argv[2]))
                 continue;
-            failures += (size_t)run_alone(test);
+            failures += begin(test);
             count++;
         }
     }
+    while (is_any_left())
+        failures += reap();
     driver_unload(&cu);
-    printf("%zu tests, %zu failed\n", count, failures);
+    printf("%zu tests, %zu failed; %zu driver calls failed in turn\n", count, failures,
+           atomic_load(num_injected));
     return failures ? 1 : 0;
 }

@@ -1,7 +1,7 @@
 /* What the launcher's tests share: an H200 that the double pretends to be, XLA's side of it (the
  * primary context, one stream, memory), kernels, recordings, and how a test says what must hold.
  *
- * Every test runs in a process of its own. When it returns, programs and device are given back and
+ * Every test runs in a process of its own, a few at once. When it returns, programs and device are given back and
  * nothing but what the harness made may be live, no context current, nothing done wrong. */
 #ifndef HARNESS_H
 #define HARNESS_H
@@ -57,6 +57,9 @@ void open_device(void);
 void open_with(struct duet_options options);
 void drop_device(void); /* frees the programs of `record`, then the device */
 void check_given_back(const char *when); /* only the harness's own things are live */
+/* Ends a test after which not all can be given back. */
+void end_here(void) __attribute__((noreturn));
+void count_injected(size_t calls);       /* failing calls that a test has tried, for the summary */
 
 void enter_primary(void);
 void leave_primary(void);

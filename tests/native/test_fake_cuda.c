@@ -142,10 +142,6 @@ static void a_missing_symbol_is_named_with_the_driver_it_needs(void) {
     CHECK(!other.library && !other.cuInit);
 }
 
-static void an_optional_symbol_may_be_absent(void) {
-    CHECK(cu.cuLaunchKernelEx && !cu.cuDevSmResourceSplit);
-}
-
 /* ---- contexts -------------------------------------------------------------------------------- */
 
 static void nothing_works_before_cuInit(void) {
@@ -1020,7 +1016,6 @@ static const struct {
 } tests[] = {
     TEST(a_library_that_is_not_there_is_named),
     TEST(a_missing_symbol_is_named_with_the_driver_it_needs),
-    TEST(an_optional_symbol_may_be_absent),
     TEST(nothing_works_before_cuInit),
     TEST(work_needs_a_current_context),
     TEST(a_green_stream_needs_no_current_context),

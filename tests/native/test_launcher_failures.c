@@ -4,16 +4,15 @@
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 static size_t failing;       /* the call that fails, counted from 1; 0: none */
+static const char *asking;   /* only calls of this function are counted; NULL: all but the asking */
 static bool unspoken;        /* it was one of XLA's own calls, or of a free: those return nothing */
 static int first_status;     /* the first that was not OK, and what was said then */
 static char first_error[512];
 static int last_status;
 static drv_address area;
 static void *adder;
-static size_t began;         /* calls before the life */
 static bool lists, memory_operations = true;
 
 static void took(int status) {
@@ -26,10 +25,9 @@ static void took(int status) {
 
 /* XLA's side, whose own calls may be the ones that fail, and it goes on; and what returns nothing. */
 static void unspoken_in(void (*action)(void)) {
-    size_t before = fake_total_calls() - began;
+    bool was_struck = fake_struck() != NULL;
     action();
-    size_t after = fake_total_calls() - began;
-    unspoken |= failing > before && failing <= after;
+    unspoken |= !was_struck && fake_struck() != NULL;
 }
 
 static void push_primary(void) {
@@ -154,7 +152,6 @@ static void set_up(void) {
     unspoken = false;
     first_status = DUET_OK;
     *first_error = 0;
-    began = fake_total_calls();
 }
 
 /* A context that the driver refuses to pop is still there, and nobody's fault. */
@@ -172,21 +169,11 @@ static void check_stream_free(const char *when, bool refused_pop) {
         fail_at(__FILE__, __LINE__, when);
 }
 
-/* How many calls a life without failures takes. */
-static size_t count_calls(void) {
-    failing = 0;
-    set_up();
-    live_a_life();
-    size_t calls = fake_total_calls() - began;
-    CHECK(first_status == DUET_OK && fake_violations() == 0);
-    check_given_back("after a life without failures");
-    return calls;
-}
-
 static void check_life(const char *name) {
     char when[800];
     snprintf(when, sizeof when, "call %zu (%s) failed: status %d, `%s`", failing, name,
              first_status, first_error);
+    count_injected(1);
     check_stream_free(when, strcmp(name, "cuCtxPopCurrent") == 0);
     if (fake_violations())
         fail_at(__FILE__, __LINE__, when);
@@ -199,20 +186,26 @@ static void check_life(const char *name) {
         fail_at(__FILE__, __LINE__, when);
 }
 
+/* A life in which call number `failing` fails; the call's name, NULL: a life has fewer calls. */
+static const char *live_with_a_failure(void (*fail)(const char *, size_t, drv_result),
+                                       drv_result code) {
+    set_up();
+    fail(asking, failing, code);
+    live_a_life();
+    return fake_struck();
+}
+
+/* Until there is no such call: the last that fails must be the last that there is. */
 static void fail_each_call(void) {
-    size_t calls = count_calls(), index, stride = 1;
-    CHECK(calls > 200 && calls < 4000);
-    for (failing = 1; failing <= calls; failing += stride) {
-        alarm(60);
-        set_up();
-        fake_fail(NULL, failing, DRV_ERROR_UNKNOWN);
-        live_a_life();
-        index = began + failing - 1;
-        const char *name = fake_log(index);
-        CHECK(name || fake_total_calls() <= index);
-        /* Calls that only name errors are logged but not counted; they come after a failure. */
-        check_life(name ? name : "none");
+    const char *name, *last = NULL;
+    for (failing = 1; (name = live_with_a_failure(fake_fail, DRV_ERROR_UNKNOWN)); failing++) {
+        last = name;
+        check_life(name);
     }
+    CHECK(first_status == DUET_OK && fake_violations() == 0);
+    fake_fail(NULL, 0, DRV_SUCCESS);
+    check_given_back("after a life without failures");
+    CHECK(failing > 400 && strcmp(last, "cuDevicePrimaryCtxRelease") == 0);
 }
 
 static void each_failing_call_is_told_and_leaves_nothing(void) {
@@ -224,37 +217,36 @@ static void each_failing_call_is_told_and_leaves_nothing_with_lists(void) {
     fail_each_call();
 }
 
-/* The poller asks on a thread of its own, so which call is the nth varies: no text is expected. */
-static void any_failing_call_leaves_nothing_where_events_are_asked(void) {
+static void each_failing_call_is_told_and_leaves_nothing_with_events(void) {
     memory_operations = false;
-    size_t calls = count_calls();
-    for (failing = 1; failing <= calls; failing += 3) {
-        char when[100];
-        alarm(60);
-        set_up();
-        fake_fail(NULL, failing, DRV_ERROR_UNKNOWN);
-        live_a_life();
-        fake_fail(NULL, 0, DRV_SUCCESS);
-        snprintf(when, sizeof when, "call %zu failed", failing);
-        check_given_back(when);
-        check_stream_free(when, true);
+    fail_each_call();
+}
+
+static void each_failing_question_is_told_and_leaves_nothing(void) {
+    static const char *const questions[] = {"cuEventQuery", "cuStreamQuery"};
+    memory_operations = false;
+    for (size_t i = 0; i < 2; i++) {
+        asking = questions[i];
+        for (failing = 1; failing <= 8; failing++) {
+            const char *name = live_with_a_failure(fake_fail, DRV_ERROR_UNKNOWN);
+            CHECK(name && strcmp(name, asking) == 0);
+            check_life(name);
+        }
     }
 }
 
 /* A dead driver takes nothing back; the process is about to end. Nothing may hang or crash. */
 static void each_fatal_call_makes_the_device_dead(void) {
-    size_t calls = count_calls();
-    for (failing = 1; failing <= calls; failing++) {
-        alarm(60);
-        set_up();
-        fake_fail_sticky(NULL, failing, DRV_ERROR_ILLEGAL_ADDRESS);
-        live_a_life();
-        const char *name = fake_log(began + failing - 1);
-        if (!unspoken && name && !gives_back(name) && first_status == DUET_OK)
+    const char *name;
+    for (failing = 1;
+         (name = live_with_a_failure(fake_fail_sticky, DRV_ERROR_ILLEGAL_ADDRESS)); failing++) {
+        count_injected(1);
+        if (!unspoken && !gives_back(name) && first_status == DUET_OK)
             fail_at(__FILE__, __LINE__, name);
         if (first_status != DUET_OK && !*first_error)
             fail_at(__FILE__, __LINE__, name);
     }
+    CHECK(failing > 400);
     set_up();
     num_mine = 1;
     open_device();
@@ -273,7 +265,7 @@ static void death_while_launching_is_told_from_then_on(void) {
     REFUSED(DEAD, "cuGraphLaunch", duet_wait(device, DUET_DECODE, 1, SOON));
     REFUSED(DEAD, NULL, duet_launch(program, DUET_PREFILL, 1, 1, 0, &last));
     drop_device();
-    _exit(0);
+    end_here();
 }
 
 static void a_refused_build_can_be_tried_again(void) {
@@ -294,7 +286,8 @@ static void a_refused_build_can_be_tried_again(void) {
 SUITE(failure_tests,
       TEST(each_failing_call_is_told_and_leaves_nothing),
       TEST(each_failing_call_is_told_and_leaves_nothing_with_lists),
-      TEST(any_failing_call_leaves_nothing_where_events_are_asked),
+      TEST(each_failing_call_is_told_and_leaves_nothing_with_events),
+      TEST(each_failing_question_is_told_and_leaves_nothing),
       TEST(each_fatal_call_makes_the_device_dead),
       TEST(death_while_launching_is_told_from_then_on),
       TEST(a_refused_build_can_be_tried_again));

@@ -1,5 +1,6 @@
 /* Steps of one lane: their order, numbers, feedback, results and rings. */
 #include "harness.h"
+#include "internal.h" /* to be at a number that takes years */
 
 static drv_address input, output;
 
@@ -180,6 +181,29 @@ static void results_stay_until_their_release(void) {
         check_result(DUET_DECODE, number, number);
 }
 
+static void step_numbers_go_on_past_32_bits(void) {
+    duet_program *program = new_counter();
+    const uint64_t begin = ((uint64_t)1 << 32) - 3;
+    struct lane *lane = &device->lanes[DUET_DECODE];
+    atomic_store(lane->counter, begin);
+    atomic_store(&lane->submitted, begin);
+    atomic_store(&lane->completed, begin);
+    atomic_store(&lane->released, begin);
+    uint64_t last = 0, done = 0;
+    OK(duet_launch(program, DUET_DECODE, 1, 6, 1, &last));
+    CHECK(last == begin + 6);
+    complete(DUET_DECODE, last, 1);
+    OK(duet_completed(device, DUET_DECODE, &done));
+    CHECK(done == begin + 6);
+    for (uint64_t step = begin + 1; step <= last; step++) {
+        const void *data = NULL;
+        size_t bytes = 0;
+        OK(duet_result(device, DUET_DECODE, step, &data, &bytes));
+        CHECK(bytes == 8 && *(const uint64_t *)data == 1000 * (step - begin));
+    }
+    OK(duet_release(device, DUET_DECODE, last));
+}
+
 static void more_steps_than_slots_are_not_taken(void) {
     duet_program *program = new_counter();
     uint64_t last = 77;
@@ -269,6 +293,7 @@ SUITE(launch_tests,
       TEST(results_too_large_for_a_slot_are_refused),
       TEST(a_full_ring_is_busy_and_takes_more_after_a_release),
       TEST(results_stay_until_their_release),
+      TEST(step_numbers_go_on_past_32_bits),
       TEST(more_steps_than_slots_are_not_taken),
       TEST(what_cannot_be_launched_is_refused_and_enqueues_nothing),
       TEST(building_twice_does_no_harm),

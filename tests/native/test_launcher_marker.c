@@ -193,6 +193,7 @@ static void no_stream_is_xlas_own_error(void) {
     OK(duet_capture_arm(device, 3));
     refuse_stream = true;
     enter_primary();
+    CHECK(mark(4, XLA_INITIALIZE) == NULL); /* another program's is not even asked for it */
     CHECK(mark(3, XLA_INITIALIZE) == &stream_refused);
     leave_primary();
     refuse_stream = false;

@@ -36,15 +36,22 @@ static void a_closed_device_answers_every_call_with_a_state(void) {
     REFUSED(STATE, "clos", duet_wait(device, DUET_DECODE, 1, 0));
     REFUSED(STATE, "clos", duet_result(device, DUET_DECODE, 1, &data, &bytes));
     REFUSED(STATE, "clos", duet_release(device, DUET_DECODE, 1));
+    REFUSED(STATE, "clos", duet_program_check_apart(adder, adder));
     duet_clear(device);
-    CHECK(!none);
+    CHECK(!none && duet_descriptor(device) == -1);
+    struct duet_split split;
+    OK(duet_get_split(device, 1, &split)); /* a fact */
+    CHECK(duet_num_splits(device) == SPLITS && split.decode_sms == 16);
 }
 
 static void programs_may_be_freed_after_the_close(void) {
     prepare();
+    fake_mode(FAKE_THREADS);
     launch(adder, DUET_DECODE, 1, 4);
     duet_close(device);
+    CHECK(value_of(cell) == 4);
     check_given_back("closed with programs alive");
+    CHECK(!duet_program_is_built(adder, DUET_DECODE, 1));
     size_t count = 9;
     CHECK(duet_program_census(adder).kernels == 1);
     duet_program_outputs(adder, &count);
@@ -56,15 +63,22 @@ static void programs_may_be_freed_after_the_close(void) {
 }
 
 static void a_program_freed_with_work_in_flight_lets_it_finish(void) {
-    prepare();
-    fake_mode(FAKE_THREADS);
-    fake_delay_us(2000);
-    uint64_t last = launch(adder, DUET_DECODE, 1, 8);
-    duet_program_free(adder);
-    forget(adder);
-    OK(duet_wait(device, DUET_DECODE, last, 5 * (int64_t)SOON));
-    CHECK(value_of(cell) == 8 && fake_violations() == 0);
-    CHECK(fake_live(FAKE_EXECS) == 0 && fake_live(FAKE_GRAPHS) == 0);
+    for (int lane = 0; lane < DUET_LANES; lane++) {
+        prepare();
+        fake_mode(FAKE_THREADS);
+        fake_delay_us(2000);
+        launch(adder, lane, 1, 8);
+        duet_program_free(adder);
+        CHECK(value_of(cell) == 8 && fake_violations() == 0); /* at once */
+        forget(adder);
+        CHECK(fake_live(FAKE_EXECS) == 0 && fake_live(FAKE_GRAPHS) == 0);
+        drop_device();
+    }
+}
+
+static void freeing_nothing_is_harmless(void) {
+    duet_program_free(NULL);
+    duet_free(NULL);
 }
 
 /* The harness counts violations: the double knows what must go before what. */
@@ -147,6 +161,16 @@ static void programs_of_another_device_are_not_mixed_up(void) {
     uint64_t done = 9;
     OK(duet_completed(other, DUET_DECODE, &done));
     CHECK(done == 0 && value_of(cell) == 2);
+    duet_program *program = NULL;
+    OK(duet_capture_arm(other, 9));
+    enter_primary();
+    OK(duet_capture_begin(9, xla, NULL, 0));
+    OK(duet_capture_end(9));
+    leave_primary();
+    OK(duet_capture_take(other, 9, &program));
+    OK(duet_program_check(program, NULL, 0));
+    REFUSED(INVALID, "two devices", duet_program_check_apart(adder, program));
+    duet_program_free(program);
     duet_free(other);
     settle(DUET_DECODE, launch(adder, DUET_DECODE, 1, 1), 1);
 }
@@ -155,6 +179,7 @@ SUITE(order_tests,
       TEST(a_closed_device_answers_every_call_with_a_state),
       TEST(programs_may_be_freed_after_the_close),
       TEST(a_program_freed_with_work_in_flight_lets_it_finish),
+      TEST(freeing_nothing_is_harmless),
       TEST(closing_goes_in_the_drivers_order),
       TEST(programs_keep_no_graph_longer_than_themselves),
       TEST(nothing_to_release_take_or_abort_is_told),

@@ -13,7 +13,7 @@ static void prepare(void) {
 
 struct argument {
     drv_address first;
-    int number;
+    int number, rest; /* of the word: what lies there by chance may be the start of an address */
     drv_address inside;
     unsigned char odd[5];
 };
@@ -45,7 +45,7 @@ static void is_stray(duet_program *program, const char *word) {
 }
 
 static struct call call_with(unsigned flags) {
-    struct call call = {new_kernel("culprit", flags, sizes, 3, NULL), kept, {kept, 5, kept, {0}}};
+    struct call call = {new_kernel("culprit", flags, sizes, 3, NULL), kept, {kept, 5, 0, kept, {0}}};
     return call;
 }
 

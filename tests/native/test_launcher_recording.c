@@ -232,6 +232,24 @@ static void moves_do_what_they_did(bool lists) {
     drop_device();
 }
 
+static void enqueue_eight_blocks_at_once(void *function) {
+    drv_launch_config config = {.grid_x = 8, .grid_y = 1, .grid_z = 1, .block_x = 32,
+                                .block_y = 1, .block_z = 1};
+    drv_attribute attribute = {.id = DRV_ATTRIBUTE_CLUSTER_DIMENSION, .value.cluster = {8, 1, 1}};
+    enqueue_with(function, NULL, config, &attribute, 1);
+}
+
+static void clusters_that_fit_nowhere_in_a_split_are_refused_there_only(void) {
+    static const unsigned sms[] = {128}; /* leaves prefill 4 */
+    open_with(options_for(sms, 1));
+    void *wide = new_kernel("wide", FAKE_MODULE, NULL, 0, NULL);
+    duet_program *program = record(enqueue_eight_blocks_at_once, wide);
+    REFUSED(UNSAFE, "kernel wide", duet_program_build(program, DUET_PREFILL, 1));
+    CHECK(!duet_program_is_built(program, DUET_PREFILL, 1));
+    OK(duet_program_build(program, DUET_DECODE, 1));
+    OK(duet_program_build(program, DUET_PREFILL, 0));
+}
+
 static void copies_and_fills_of_all_shapes_do_what_they_did(void) {
     moves_do_what_they_did(false);
     moves_do_what_they_did(true);
@@ -439,6 +457,7 @@ SUITE(recording_tests,
       TEST(attributes_that_were_not_given_are_not_invented),
       TEST(a_lanes_priority_is_not_overruled_by_xlas),
       TEST(a_cooperative_launch_too_big_for_a_split_is_refused_there_only),
+      TEST(clusters_that_fit_nowhere_in_a_split_are_refused_there_only),
       TEST(copies_and_fills_of_all_shapes_do_what_they_did),
       TEST(a_chain_keeps_its_order_however_its_nodes_are_told),
       TEST(branches_keep_their_edges_however_they_are_told),

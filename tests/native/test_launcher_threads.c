@@ -147,6 +147,13 @@ static void *use_until_closed(void *lane_as_pointer) {
             duet_release(device, lane, last);
         duet_completed(device, lane, &done);
         duet_clear(device);
+        OK(duet_get_split(device, 1, NULL));
+        duet_program_is_built(counters[lane], lane, 1);
+        duet_descriptor(device);
+        status = duet_copy_in(device, lane, 2, cells + 16, &done, 8);
+        CHECK(status == DUET_OK || status == DUET_BUSY || status == DUET_STATE);
+        status = duet_program_check_apart(counters[0], counters[1]);
+        CHECK(status == DUET_OK || status == DUET_STATE);
         status = duet_launch(counters[lane], lane, 1, 1, 1, &last);
         CHECK(status == DUET_OK || status == DUET_BUSY || status == DUET_STATE);
     }

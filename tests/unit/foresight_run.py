@@ -1,16 +1,13 @@
 """Policies that look ahead, on a simulated device whose times are not quite what they foresee."""
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-import duetjax
 from duetjax.config import SamplingParams
 from duetjax.policy.calibration import Calibration
 from duetjax.policy.duet import AggregatedSlo, Disaggregated, DuetPolicy, Sizes
@@ -25,6 +22,7 @@ from duetjax.policy.request import NewRequest
 from duetjax.policy.roofline import Roofline
 from duetjax.policy.scheduler import Scheduler
 from duetjax.policy.stats import Stats
+from duetjax.profile_files import Kind, read_hardware_profile, read_model_profile, shipped_file
 from duetjax.sim.clock import VirtualClock
 from duetjax.sim.executor import SimulatedExecutor
 
@@ -41,12 +39,10 @@ SLO_MS = 40.0
 @cache
 def profiles() -> tuple[ModelProfile, HardwareProfile]:
     """An 8B model on an H200, as shipped."""
-    presets = Path(duetjax.__file__).parent / "presets"
-    model, hardware = (
-        json.loads((presets / name).read_text())
-        for name in ("profiles/llama-3.1-8b.json", "hardware/h200-sxm.json")
+    return (
+        read_model_profile(shipped_file(Kind.MODEL, "llama-3.1-8b")),
+        read_hardware_profile(shipped_file(Kind.HARDWARE, "h200-sxm")),
     )
-    return ModelProfile.from_json(model, "model"), HardwareProfile.from_json(hardware, "hardware")
 
 
 def foresight() -> Foresight:
@@ -100,6 +96,16 @@ class Truth:
 def steadily(factor: float) -> Callable[[int], float]:
     """The same factor for every launch."""
     return lambda launch: factor
+
+
+AS_FORESEEN = steadily(1.3)
+"""The factor that a calibration starts with."""
+
+
+def noisily(factor: Callable[[int], float] = AS_FORESEEN, seed: int = 0) -> Callable[[int], float]:
+    """Launch n takes about factor(n) times what the roofline says, with a deviation of 20 %."""
+    draw = random.Random(seed)
+    return lambda launch: factor(launch) * draw.lognormvariate(0.0, 0.2)
 
 
 def policy(kind: str, foresees: Foresight) -> Policy:
@@ -198,8 +204,8 @@ class Run:
         """Of the gaps that these launches ended, how many were longer."""
         return float(np.mean([gap.ms > slo_ms for gap in self.gaps if gap.ended_by in launches]))
 
-    def run(self, trace: Trace) -> Self:
-        """Every request to its end."""
+    def run(self, trace: Trace, watch: Callable[[Self], None] = lambda run: None) -> Self:
+        """Every request to its end; whenever something was planned for, `watch` may look."""
         coming = list(reversed(trace))
         while coming or self.scheduler.has_work or self.scheduler.num_in_flight:
             next_end = self.executor.next_end
@@ -211,6 +217,7 @@ class Run:
             else:
                 self._finish()
             self._plan()
+            watch(self)
         assert self.ttft_ms.keys() == self._added.keys(), "somebody got nothing"
         self.scheduler.check_integrity()
         return self

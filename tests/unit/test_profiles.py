@@ -5,64 +5,28 @@ import json
 from pathlib import Path
 
 import pytest
+from small_profiles import VALUES, small_hardware, small_model
 
 import duetjax
 from duetjax.config import ConfigError
 from duetjax.policy.calibration import Calibration
 from duetjax.policy.launch import Program, Split
-from duetjax.policy.profiles import (
-    Basis,
-    Cost,
-    HardwareProfile,
-    ModelProfile,
-    Origin,
-    Reach,
-)
+from duetjax.policy.profiles import Basis, HardwareProfile, ModelProfile, Reach
 
 PRESETS = Path(duetjax.__file__).parent / "presets"
 HARDWARE = sorted(PRESETS.glob("hardware/*.json"))
 MODELS = sorted(PRESETS.glob("profiles/*.json"))
 
-MODEL = ModelProfile(
-    model="small",
-    compiled_for="nothing",
-    dtype_bytes=2,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    hidden_size=32,
-    vocab_size=100,
-    costs={(Program.DECODE, 2): Cost(5.0, 7.0), (Program.PREFILL, 128): Cost(320.0, 70.0)},
-)
-VALUES = (
-    "cores",
-    "core_step",
-    "min_decode_cores",
-    "min_prefill_cores",
-    "contention_decode",
-    "contention_prefill",
-    "launch_us",
-    "interconnect_bytes_per_s",
-    "curve_cores",
-    "curve_flops_per_s",
-    "curve_bytes_per_s",
-)
+MODEL = small_model()
 
 
 def hardware(cores=132, step=8, least=(8, 8)):
-    return HardwareProfile(
-        name="card",
+    return small_hardware(
         cores=cores,
         core_step=step,
         min_decode_cores=least[0],
         min_prefill_cores=least[1],
         curve=(Reach(8, 4e12, 2e11), Reach(cores, 8e13, 4e12)),
-        contention_decode=1.25,
-        contention_prefill=1.1,
-        launch_us=20.0,
-        interconnect_bytes_per_s=1e11,
-        origins={name: Origin(Basis.ASSUMED, "made up") for name in VALUES},
     )
 
 
@@ -213,7 +177,18 @@ def test_the_hardware_that_the_documentation_names_is_shipped():
         "a100-sxm-80gb",
         "l40s",
         "rtx-4090",
+        "cpu-2-cores",
     }
+
+
+def test_what_a_processor_reaches_was_measured_and_says_how():
+    file = PRESETS / "hardware" / "cpu-2-cores.json"
+    profile = HardwareProfile.from_json(json.loads(file.read_text()), file.name)
+    assert profile.splits() == (Split(1, 1),)
+    for name in ("cores", "curve_cores", "curve_flops_per_s", "curve_bytes_per_s", "launch_us"):
+        assert profile.origins[name].basis is Basis.MEASURED, name
+    assert "Xeon" in profile.origins["cores"].source
+    assert "benchmarks/cpu_profile.py" in profile.origins["curve_cores"].source
 
 
 @pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
@@ -225,6 +200,33 @@ def test_a_shipped_profile_has_the_cores_of_the_gpu_that_programs_are_compiled_f
     profile = HardwareProfile.from_json(json.loads(path.read_text()), path.name)
     assert profile.cores == facts["core_count"]["value"]
     assert profile.curve[-1].bytes_per_s < facts["memory_bandwidth"]["value"]
+
+
+def test_every_preset_has_a_model_profile():
+    presets = {path.stem for path in PRESETS.glob("models/*.json")}
+    assert {path.stem for path in MODELS} == presets
+    assert presets == {
+        "llama-3.1-8b",
+        "llama-3.2-1b",
+        "llama-3.2-3b",
+        "mistral-7b-v0.3",
+        "qwen2.5-7b",
+        "qwen3-0.6b",
+        "qwen3-8b",
+        "qwen3-14b",
+    }
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_shipped_model_profile_knows_the_same_buckets_and_larger_ones_cost_more(path):
+    profile = ModelProfile.from_json(json.loads(path.read_text()), path.name)
+    first = ModelProfile.from_json(json.loads(MODELS[0].read_text()), MODELS[0].name)
+    assert profile.compiled_for == "h200-sxm"
+    assert profile.costs.keys() == first.costs.keys()
+    for program in Program:
+        costs = [cost for (of, _), cost in profile.costs.items() if of is program]
+        assert [cost.flops for cost in costs] == sorted(cost.flops for cost in costs)
+        assert [cost.bytes for cost in costs] == sorted(cost.bytes for cost in costs)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

@@ -1,52 +1,29 @@
 """Predicted times: numbers worked out by hand, and what holds for all of them."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_profiles import small_hardware, small_model
 
-import duetjax
 from duetjax.policy.launch import Lane, Program
-from duetjax.policy.profiles import Cost, HardwareProfile, ModelProfile, Reach
+from duetjax.policy.profiles import Cost, Reach
 from duetjax.policy.roofline import Attention, Roofline
+from duetjax.profile_files import Kind, read_hardware_profile, read_model_profile, shipped_file
 
-PRESETS = Path(duetjax.__file__).parent / "presets"
 DECODE, PREFILL = Program.DECODE, Program.PREFILL
 
-MODEL = ModelProfile(
-    model="small",
-    compiled_for="nothing",
-    dtype_bytes=2,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    hidden_size=32,
-    vocab_size=100,
+MODEL = small_model(
     costs={
         (DECODE, 2): Cost(4e6, 3e6),
         (DECODE, 4): Cost(8e6, 3.5e6),
         (DECODE, 8): Cost(16e6, 3.25e6),
         (PREFILL, 16): Cost(4e7, 5e6),
-    },
+    }
 )
-HARDWARE = HardwareProfile(
-    name="card",
-    cores=4,
-    core_step=1,
-    min_decode_cores=1,
-    min_prefill_cores=1,
-    curve=(Reach(2, 1e9, 1e9), Reach(4, 2e9, 1e9)),
-    contention_decode=1.25,
-    contention_prefill=1.1,
-    launch_us=500.0,
-    interconnect_bytes_per_s=1e9,
-    origins={},
-)
+HARDWARE = small_hardware()
 ALL_CORES = np.arange(1, 5)
 PLAIN = Roofline(MODEL, HARDWARE)
 
@@ -56,17 +33,10 @@ def work(roofline, program, bucket, new, cached):
     return np.array(roofline.parts(program, bucket, roofline.rows(new, cached))).T
 
 
-def shipped(model, hardware):
-    return [
-        kind.from_json(json.loads((PRESETS / folder / f"{name}.json").read_text()), name)
-        for kind, folder, name in (
-            (ModelProfile, "profiles", model),
-            (HardwareProfile, "hardware", hardware),
-        )
-    ]
-
-
-REAL = shipped("llama-3.1-8b", "h200-sxm")
+REAL = (
+    read_model_profile(shipped_file(Kind.MODEL, "llama-3.1-8b")),
+    read_hardware_profile(shipped_file(Kind.HARDWARE, "h200-sxm")),
+)
 SOME_CORES = np.array([1, 7, 8, 44, 60, 120, 132])
 KINDS = [
     Roofline(*REAL, causal=causal, attention=attention, token_shares=shares)
