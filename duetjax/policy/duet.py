@@ -5,6 +5,7 @@ DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimi
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from math import inf
 
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Program, Split
@@ -59,29 +60,46 @@ class Prospect:
         bucket = self._sizes.bucket(Program.PREFILL, int(rows.tokens))
         return self._foresight.whole_ms(Program.PREFILL, bucket, rows)
 
-    def candidates(self, longest_ms: float, mixed_ms: float) -> Candidates:
+    def candidates(
+        self, longest_ms: float, mixed_ms: float, slo_ms: float | None = None
+    ) -> Candidates:
         """Every split, or the episode's, with decode steps and prefill launches beside each other.
 
         The latter fill a bucket, or are what remains of the prompts: the largest one that would end
         within `longest_ms` at the pace of a mixed launch under the whole budget, which parts of the
         device hardly exceed; the next smaller ones, PREFILL_SIZES in all; and the smallest one, for
-        when decode can hardly wait.
+        when decode can hardly wait. slo_ms: leaves out those that hardly matter then, the smallest
+        one where decode meets the objective on some split, the others where it does on none.
         """
         foresight, details = self._foresight, self._details
+        decode = self._sizes.bucket(Program.DECODE, self._rows), self._decoding
+        decode_ms = foresight.decode_ms(decode, details.split)
         mixed_tokens = min(self._sizes.budget, self._rows + self._prompt_tokens)
         tokens = self._prefill_sizes(longest_ms / mixed_ms * mixed_tokens)
-        buckets = [self._sizes.bucket(Program.PREFILL, size) for size in tokens]
-        launches = list(zip(buckets, map(self._prompts.first, tokens), strict=True))
-        decode = self._sizes.bucket(Program.DECODE, self._rows), self._decoding
-        decode_ms, prefill_ms = foresight.beside(decode, launches, details.split)
+        if slo_ms is not None:
+            is_met = min(decode_ms, default=inf) <= slo_ms
+            tokens = tokens[-PREFILL_SIZES:] if is_met else tokens[:1]
+        launches = [
+            (self._sizes.bucket(Program.PREFILL, size), self._prompts.first(size))
+            for size in tokens
+        ]
         return Candidates(
             rows=self._rows,
             splits=foresight.splits if details.split is None else (details.split,),
             decode_ms=decode_ms,
             prefill_tokens=tokens,
-            prefill_ms=prefill_ms,
+            prefill_ms=foresight.prefill_ms(launches, details.split),
             whole_decode_ms=foresight.whole_ms(Program.DECODE, *decode),
         )
+
+    def choose(self, within: Bounds, mixed_ms: float, previous: Split | None) -> Choice:
+        """The best of the candidates: of all of them where those that matter are too long."""
+        found = self.candidates(within.max_prefill_ms, mixed_ms, within.tbt_slo_ms)
+        choice = choose(found, within, previous)
+        is_met = min(found.decode_ms, default=inf) <= within.tbt_slo_ms
+        if choice.outcome is Outcome.SPLIT or not is_met:
+            return choice
+        return choose(self.candidates(within.max_prefill_ms, mixed_ms), within, previous)
 
     def _prefill_sizes(self, most_tokens: float) -> tuple[int, ...]:
         buckets, total = self._sizes.prefill_buckets, min(self._prompt_tokens, self._sizes.budget)
@@ -161,8 +179,7 @@ class DuetPolicy:
         if owed:
             return Aggregate(owed, decodes=False, why=Outcome.DECODE_ALONE)
         within = bounds(sizes, details, slo_ms)
-        found = prospect.candidates(within.max_prefill_ms, mixed_ms)
-        self.last_choice = choose(found, within, self._previous)
+        self.last_choice = prospect.choose(within, mixed_ms, self._previous)
         return self._decision(self.last_choice, load, details)
 
     def _decision(self, choice: Choice, load: Load, details: Details) -> Decision:

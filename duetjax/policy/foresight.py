@@ -73,26 +73,27 @@ class Foresight:
         parts = self._roofline.parts(program, bucket, rows)
         return self._roofline.ms(parts, self._whole) * self.calibration.factor(Lane.WHOLE, program)
 
-    def beside(
-        self, decode: Launched, prefills: Sequence[Launched], split: Split | None = None
-    ) -> tuple[list[float], Callable[[int], list[float]]]:
-        """Milliseconds of a decode step and of prefill launches beside it, on `splits` or on one.
+    def decode_ms(self, decode: Launched, split: Split | None = None) -> list[float]:
+        """Milliseconds of a decode step beside prefill, on each of `splits` or on one."""
+        units, _ = self._units if split is None else self._beside[split]
+        steps = self._roofline.each_ms(self._roofline.parts(Program.DECODE, *decode), units)
+        factor = self.calibration.factor(Lane.DECODE, Program.DECODE)
+        return [step * factor for step in steps]
 
-        Those of the decode step on each split; of the prefill launches, when asked for by a split's
-        index.
-        """
-        ms, parts, factor = self._roofline.ms, self._roofline.parts, self.calibration.factor
-        decode_units, prefill_units = self._units if split is None else self._beside[split]
-        step_factor = factor(Lane.DECODE, Program.DECODE)
-        launch_factor = factor(Lane.PREFILL, Program.PREFILL)
+    def prefill_ms(
+        self, prefills: Sequence[Launched], split: Split | None = None
+    ) -> Callable[[int], list[float]]:
+        """Milliseconds of prefill launches beside decode, when asked for by a split's index."""
+        _, units = self._units if split is None else self._beside[split]
+        ms, parts = self._roofline.ms, self._roofline.parts
         launches = [parts(Program.PREFILL, *prefill) for prefill in prefills]
+        factor = self.calibration.factor(Lane.PREFILL, Program.PREFILL)
 
-        def prefill_ms(s: int) -> list[float]:
-            unit = prefill_units[s]
-            return [ms(launch, unit) * launch_factor for launch in launches]
+        def on_split(s: int) -> list[float]:
+            unit = units[s]
+            return [ms(launch, unit) * factor for launch in launches]
 
-        steps = self._roofline.each_ms(parts(Program.DECODE, *decode), decode_units)
-        return [step * step_factor for step in steps], prefill_ms
+        return on_split
 
     def _raw_ms(self, step: Step) -> float:
         rows = self._roofline.rows(step.new, step.cached)

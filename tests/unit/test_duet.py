@@ -24,7 +24,7 @@ from duetjax.policy.durations import Step
 from duetjax.policy.flights import Pace
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane, Program, Split
-from duetjax.policy.partition import Outcome
+from duetjax.policy.partition import Bounds, Outcome, choose
 from duetjax.policy.policies import Aggregate, Details, Duet, Load
 
 EXACT = calibrated(1.0)
@@ -441,3 +441,38 @@ def test_a_prefill_bucket_that_is_foreseen_to_be_too_long_everywhere_runs_at_its
 def test_two_schedulers_decide_alike():
     trace = stream_and_prompt(tbt_slo_ms=SOON_MS)
     assert ran_with(trace).launches == ran_with(trace).launches
+
+
+# Prefill sizes that are not asked about.
+
+
+@settings(max_examples=100)
+@given(
+    rows=st.integers(1, 64),
+    context=st.integers(0, 4000),
+    prompts=st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 8000)), min_size=1, max_size=3),
+    slo=st.floats(1.0, 200.0),
+    longest=st.floats(1.0, 400.0),
+)
+def test_what_is_chosen_is_as_good_as_if_all_sizes_had_been_weighed(
+    rows, context, prompts, slo, longest
+):
+    prospect = Prospect(EXACT, SIZES, details(rows, context, prompts=tuple(prompts)))
+    mixed_ms, within = prospect.mixed_ms(BUDGET), Bounds(slo, 16, longest, hysteresis=0.0)
+    chosen = prospect.choose(within, mixed_ms, None)
+    best = choose(prospect.candidates(longest, mixed_ms), within, None)
+    assert chosen.outcome is best.outcome
+    assert chosen.throughput >= 0.98 * best.throughput
+
+
+def test_where_all_larger_launches_are_too_long_the_smallest_is_asked_about_too():
+    seen = details(prompts=((0, 8000),))
+    prospect = Prospect(EXACT, SIZES, seen)
+    mixed_ms = prospect.mixed_ms(BUDGET)
+    for longest in np.linspace(1.0, 300.0, 200):
+        within = Bounds(SOON_MS, 16, float(longest))
+        likely = prospect.candidates(within.max_prefill_ms, mixed_ms, SOON_MS)
+        if choose(likely, within, None).outcome is not Outcome.SPLIT:
+            break
+    assert len(likely.prefill_tokens) < 3
+    assert prospect.choose(within, mixed_ms, None).outcome is Outcome.SPLIT
