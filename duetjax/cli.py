@@ -1,6 +1,7 @@
 """The `duetjax` command: generate, serve, convert, explain, compile, doctor."""
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from duetjax.config import ConfigError, DuetJAXError, EngineConfig, PolicyName, 
 
 if TYPE_CHECKING:
     from duetjax.build import LoadedModel
+    from duetjax.engine import EngineClient
     from duetjax.serve.context import Service
 
 _CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
@@ -23,7 +25,7 @@ _EPILOG = "With no --model, duetjax uses the small demo checkpoint that ships wi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 for a fault the user can mend, 130."""
+    """Runs the command line; returns the exit code: 0; 1 for a fault or a dead engine; 130."""
     args = _parser().parse_args(argv)
     try:
         with _log_to_stderr():
@@ -215,6 +217,13 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="what the model costs; default: a shipped one, else its programs are timed",
     )
     group.add_argument(
+        "--watchdog-s",
+        type=float,
+        default=default.watchdog_s,
+        metavar="S",
+        help="end when a step takes longer, or 20 times the prediction; 0: never; default: 60",
+    )
+    group.add_argument(
         "--backend",
         default=default.backend,
         help="what runs launches: lanes (beside each other), jax (plain calls) or auto",
@@ -285,12 +294,11 @@ def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
             plain = batch.PlainText(batch.CHAT if chat else batch.COMPLETIONS, chosen)
             until_full = replace(service.defaults, max_tokens=model.max_model_len)
             service = replace(service, defaults=until_full)
+        service = replace(service, watchdog_s=args.watchdog_s)
         requests = batch.read_requests(args.input, plain)
-        try:
+        with _shutting_down(model.engine):
             num_failed = run_batch(service, requests, output, total, 2 * args.max_num_seqs)
-        finally:
-            model.engine.shutdown(timeout=30)
-        output.finish()
+            output.finish()
     print(f"duetjax: {args.output}: {total} results, {num_failed} of them errors", file=sys.stderr)
     return 0
 
@@ -327,14 +335,41 @@ def _serve(args: argparse.Namespace) -> int:
         model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
         service = _service(model, args.served_model_name or [model.name])
         service = replace(
-            service, api_key=args.api_key, max_num_queued_reqs=args.max_num_queued_reqs
+            service,
+            api_key=args.api_key,
+            max_num_queued_reqs=args.max_num_queued_reqs,
+            watchdog_s=args.watchdog_s,
         )
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
-        try:
+        with _shutting_down(model.engine):
             server.run(lambda line: print(line, flush=True))
-        finally:
-            model.engine.shutdown(timeout=30)
     return 0
+
+
+@contextmanager
+def _shutting_down(engine: "EngineClient") -> Iterator[None]:
+    """Ends an engine when it is left; raises `EngineDead` if it has failed."""
+    from duetjax.engine import EngineDead
+
+    try:
+        yield
+    finally:
+        if not engine.shutdown(timeout=30):
+            atexit.register(_exit_at_once, 1)
+    failure = engine.failure
+    if failure is not None:
+        cause = failure if isinstance(failure, DuetJAXError) else repr(failure)
+        raise EngineDead(f"the engine failed: {cause}")
+
+
+def _exit_at_once(code: int) -> None:
+    """Ends the process where its own end would wait for a device that hangs.
+
+    Registered last, so run before whatever else asks for the exit: jax waits for its devices.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _service(model: "LoadedModel", names: Iterable[str]) -> "Service":

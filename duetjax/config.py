@@ -324,7 +324,8 @@ class EngineConfig:
     between tokens of requests that bring none. hardware_profile: a shipped name or a file, by which
     launches are foretold; aggregated-slo and duet need one. model_profile: a file; None is the
     shipped one of the model's name, and without one programs are timed at start. backend: what
-    runs launches, see `Backend`.
+    runs launches, see `Backend`. watchdog_s: seconds without a step after which the engine counts
+    as hanging and ends; 0: never.
     """
 
     max_model_len: int | None = None
@@ -344,6 +345,7 @@ class EngineConfig:
     model_profile: str | Path | None = None
     hardware_profile: str | Path | None = None
     backend: str = Backend.AUTO
+    watchdog_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -363,6 +365,8 @@ class EngineConfig:
             raise ConfigError(
                 f"--tbt-slo-ms {self.tbt_slo_ms}: give milliseconds from 0.001 to 10^9"
             )
+        if not _is_number(self.watchdog_s, 0, 1e6):
+            raise ConfigError(f"--watchdog-s {self.watchdog_s}: give seconds up to 10^6; 0: off")
         if min(self.split) < 1 or len(self.split) != 2:
             raise ConfigError(f"--split {self.split}: give both sides at least 1, as in 32/100")
         if not 1 <= self.look_ahead <= MAX_LOOK_AHEAD:

@@ -6,8 +6,10 @@ Knows neither text nor HTTP nor devices; what goes in and comes out are plain va
 """
 
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +19,7 @@ from duetjax.policy.launch import Executor, FinishedStep, Launch
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.scheduler import Scheduler
 from duetjax.policy.stats import Stats
+from duetjax.watchdog import EngineStalled, Waits, Watch, stalled
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +72,14 @@ class EngineClient:
             target=self._run, args=(executor,), name="duetjax-engine", daemon=True
         )
         self._stats = scheduler.stats()
+        self._waits = Waits()
+        self._over = threading.Event()  # the thread is about to end, or hangs
         # _wakeup guards what follows; it is held for moments, never while a step or callback runs.
         self._wakeup = threading.Condition()
         self._phase = _Phase.NEW
         self._inbox: list[_Item] = []
         self._live: dict[str, None] = {}  # ids without a final output yet, oldest first
-        self._last_progress: float | None = None  # None while nothing is in flight
+        self._handing_on: tuple[str, ...] = ()  # whose last outputs on_outputs has not yet taken
         self._failure: BaseException | None = None
 
     def start(self, on_outputs: Callable[[StepOutputs], None]) -> None:
@@ -89,6 +94,20 @@ class EngineClient:
             self._on_outputs = on_outputs
             self._phase = _Phase.RUNNING
         self._thread.start()
+
+    def watch(self, seconds: float) -> None:
+        """From now on the engine fails once a step, or a round of its thread, takes too long.
+
+        Too long is more than `seconds`, or than `Watch` allows a step that was foretold to be
+        long; 0 is never. The failure is an `EngineStalled` that says what hangs, and comes from a
+        thread of its own: every live request then gets an ERROR output, whatever the engine's
+        thread is waiting for. After `start`.
+        """
+        assert self._phase is not _Phase.NEW, "start() the engine before watching it"
+        if seconds:
+            threading.Thread(
+                target=self._watch, args=(seconds,), name="duetjax-watchdog", daemon=True
+            ).start()
 
     def submit(self, new: NewRequest) -> None:
         """Queues a request without waiting.
@@ -142,21 +161,20 @@ class EngineClient:
         return self._phase is _Phase.RUNNING and self._thread.is_alive()
 
     @property
-    def last_tick(self) -> float:
-        """When a launch was last begun or a step finished; now, where nothing is in flight.
+    def silence(self) -> float:
+        """Seconds that the slowest of what the engine waits for has taken so far; 0 when idle.
 
-        By the engine's clock. Its age is how long one step has taken so far: a device that hangs
-        shows here.
+        A device that hangs shows here, by the engine's clock.
         """
-        last = self._last_progress
-        return self._clock() if last is None else last
+        now = self._clock()
+        return max((now - wait.since for wait in self._waits.current.values()), default=0.0)
 
     def shutdown(self, timeout: float) -> bool:
         """Ends the launches in flight, then every live request with ABORT, then the thread.
 
-        False if that takes longer than `timeout` seconds: the live requests have then been given
-        ERROR outputs from the calling thread, `failure` says why, and what launches may yet bring
-        is dropped. May be called twice, but not from `on_outputs`.
+        False if that takes longer than `timeout` seconds, at once if the engine hangs: the live
+        requests have then been given ERROR outputs from the calling thread, `failure` says why, and
+        what launches may yet bring is dropped. May be called twice, but not from `on_outputs`.
         """
         with self._wakeup:
             was_started = self._phase is not _Phase.NEW
@@ -164,11 +182,23 @@ class EngineClient:
             self._wakeup.notify()
         if not was_started:
             return True
-        self._thread.join(timeout)
+        if self._over.wait(timeout) and not isinstance(self._failure, EngineStalled):
+            self._thread.join()
         if self._thread.is_alive():
             self._fail(TimeoutError(f"launches in flight did not end within {timeout} s"))
             return False
         return True
+
+    def _watch(self, seconds: float) -> None:
+        """On the watchdog's thread, until the engine's ends or is given up."""
+        watch = Watch(seconds)
+        while not self._over.wait(watch.interval) and self._failure is None:
+            now = self._clock()
+            wait = watch.overdue(self._waits.current.values(), now)
+            if wait is not None:
+                failure = stalled(wait, now)
+                _log.critical("the engine hangs: %s\n%s", failure, _stacks())
+                self._fail(failure)
 
     def _check_token_ids(self, new: NewRequest) -> None:
         """Refuses ids outside [0, vocab_size): the device would clamp them without a word."""
@@ -212,6 +242,7 @@ class EngineClient:
     # What follows runs on the engine thread.
 
     def _run(self, executor: Executor) -> None:
+        self._waits.round_began(self._clock())
         try:
             executor.start(self._deliver)
             self._serve(executor)
@@ -219,25 +250,29 @@ class EngineClient:
         except BaseException as failure:  # whatever it is, nobody may be left waiting
             _log.critical("the engine failed and takes no more requests", exc_info=failure)
             self._fail(failure.with_traceback(None))  # its frames hold the executor
-        executor.close()
-        self._on_close()
+        try:
+            executor.close()
+            self._on_close()
+        finally:
+            self._over.set()
 
     def _serve(self, executor: Executor) -> None:
         """Round after round until shutdown, then until nothing is in flight."""
+        self._waits.round_ended(self._clock(), has_requests=False)  # the executor has started
         while (inbox := self._next_inbox()) is not None:
+            self._waits.round_began(self._clock())
             outputs = self._take_in(inbox)
             launches: tuple[Launch, ...] = ()
             if self._phase is _Phase.RUNNING:
                 launches = self._scheduler.plan(self._clock())
             for launch in launches:
+                self._waits.begun(launch, self._clock())  # submitting may take as long as it does
                 executor.submit(launch)
-            if not self._scheduler.num_in_flight:
-                self._last_progress = None
-            elif launches or any(isinstance(item, FinishedStep) for item in inbox):
-                self._last_progress = self._clock()
             self._stats = self._scheduler.stats()
             for batch in outputs:
                 self._publish(batch)
+            self._waits.round_ended(self._clock(), has_requests=bool(self._live))
+        self._waits.round_began(self._clock())  # a last one, to close
 
     def _next_inbox(self) -> list[_Item] | None:
         """Sleeps until something happens; None once closed and nothing is in flight."""
@@ -254,7 +289,9 @@ class EngineClient:
         outputs = []
         for item in inbox:
             if isinstance(item, FinishedStep):
-                outputs.append(self._scheduler.commit(item, self._clock()))
+                now = self._clock()
+                outputs.append(self._scheduler.commit(item, now))
+                self._waits.finished(item, now)
             elif isinstance(item, NewRequest):
                 self._scheduler.add(item, self._clock())
             elif isinstance(item, BaseException):
@@ -268,14 +305,12 @@ class EngineClient:
         with self._wakeup:
             if self._failure is not None or not outputs:  # failed: everybody has been told
                 return
-            for request_id, _ in outputs.finished:
+            self._handing_on = tuple(request_id for request_id, _ in outputs.finished)
+            for request_id in self._handing_on:
                 del self._live[request_id]
-        try:
-            self._on_outputs(outputs)
-        except BaseException:
-            with self._wakeup:  # perhaps never told that they finished: tell them of the failure
-                self._live.update(dict.fromkeys(request_id for request_id, _ in outputs.finished))
-            raise
+        self._on_outputs(outputs)  # if it raises or hangs, `_fail` tells them again
+        with self._wakeup:
+            self._handing_on = ()
 
     def _abort_all(self) -> None:
         """After shutdown: gives back what live requests hold and tells them, once each."""
@@ -292,12 +327,26 @@ class EngineClient:
         with self._wakeup:
             self._phase = _Phase.CLOSED
             self._failure = self._failure or failure
-            self._inbox.clear()
-            ended = tuple((request_id, FinishReason.ERROR) for request_id in self._live)
+            if isinstance(self._failure, EngineStalled):
+                self._over.set()
+            # Steps that have come still count, or the thread would wait for them.
+            came = (FinishedStep, BaseException)
+            self._inbox = [item for item in self._inbox if isinstance(item, came)]
+            ended = dict.fromkeys((*self._live, *self._handing_on), FinishReason.ERROR)
             self._live.clear()
+            self._handing_on = ()
         if not ended:
             return
         try:
-            self._on_outputs(StepOutputs(finished=ended))
+            self._on_outputs(StepOutputs(finished=tuple(ended.items())))
         except Exception:
             _log.exception("on_outputs raised; %d requests may not know of the failure", len(ended))
+
+
+def _stacks() -> str:
+    """Where every thread is, for the log: the only trace of what hangs."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )

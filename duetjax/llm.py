@@ -76,9 +76,11 @@ class BaseLLM(ABC):
         if engine.get("max_model_len") in ("auto", -1):
             del engine["max_model_len"]
         request = ModelRequest(model, tokenizer, chat_template, load_format)
-        self._model = load(request, EngineConfig(**engine))
+        config = EngineConfig(**engine)
+        self._model = load(request, config)
         self._numbers = itertools.count()
         self._start()
+        self._model.engine.watch(config.watchdog_s)
 
     @property
     def has_chat_template(self) -> bool:

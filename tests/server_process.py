@@ -11,9 +11,14 @@ import httpx
 
 
 @contextmanager
-def serving(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Starts a server on a free port; yields the process and its address."""
-    command = [sys.executable, "-m", "duetjax.cli", "serve", "--port", "0", *flags]
+def serving(
+    *flags: str, program: tuple[str, ...] = ("-m", "duetjax.cli"), **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Starts a server on a free port; yields the process and its address.
+
+    program: what Python runs in place of the command line; it gets the same arguments.
+    """
+    command = [sys.executable, *program, "serve", "--port", "0", *flags]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ from duetjax.runtime.programs import (
 from duetjax.runtime.slot_state import HostTables, SlotTables
 
 if TYPE_CHECKING:
-    from duetjax import _launcher
+    from duetjax._launcher import KVPool
 
 type Executables = Mapping[Key | Upkeep, Callable[..., Any]]
 
@@ -84,7 +84,7 @@ class Chain:
         self,
         executables: Executables,
         weights: Leaves,
-        pool: "_launcher.KVPool | None" = None,
+        pool: "KVPool | None" = None,
     ) -> None:
         self._executables = executables
         self._weights = weights

@@ -18,7 +18,7 @@ from duetjax.runtime.executor import Chain, Executables, Intake, Prepared, step_
 from duetjax.runtime.programs import Leaves, Programs, ResultBlock
 
 if TYPE_CHECKING:
-    from duetjax import _launcher
+    from duetjax._launcher import KVPool
 
 type _Counts = tuple[int, np.ndarray]
 """A slot, and how often its new owner has put out each token id."""
@@ -36,7 +36,7 @@ class HostLanes:
         programs: Programs,
         executables: Executables,
         weights: Leaves,
-        pool: "_launcher.KVPool",
+        pool: "KVPool",
     ) -> None:
         self._intake = Intake(programs)
         self._pool = pool  # outlives whatever runs on its pages

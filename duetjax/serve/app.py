@@ -23,7 +23,7 @@ from duetjax.serve.completions import prepare_completion
 from duetjax.serve.context import Context, Service
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.endpoint import GenerationEndpoint
-from duetjax.serve.errors import HttpError, handle_fault, model_not_found
+from duetjax.serve.errors import HttpError, handle_fault, model_not_found, not_running
 from duetjax.serve.metrics import Metrics
 from duetjax.serve.queue_bound import QueueBound
 from duetjax.serve.request_ids import RequestIds
@@ -47,6 +47,7 @@ def create_app(service: Service) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         context.dispatcher.bind(asyncio.get_running_loop())
         service.client.start(context.dispatcher.on_outputs)
+        service.client.watch(service.watchdog_s)
         yield
 
     app = Starlette(
@@ -98,9 +99,12 @@ async def _show_model(service: Service, request: Request) -> Response:
 
 async def _show_health(context: Context, request: Request) -> Response:
     """Whether work can be done here, however busy the engine is."""
+    client = context.service.client
+    if client.failure is not None:  # also while it drains: this server will not come back
+        raise HttpError(503, "engine_dead", not_running(client))
     context.admission.check_open()
-    if not context.service.client.is_healthy:
-        raise HttpError(503, "engine_dead", "the engine is not running; see the server's log")
+    if not client.is_healthy:
+        raise HttpError(503, "engine_dead", not_running(client))
     return _json({"status": "ok"})
 
 

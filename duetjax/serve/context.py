@@ -22,7 +22,7 @@ class Service:
     max_tokens is None where they recommend none. compilations: how many programs XLA has compiled
     in this process. api_key: None lets everybody in. ping_seconds: silence after which a stream
     says so. max_num_queued_reqs: generations that may wait beyond those that can run at once; None
-    for any number.
+    for any number. watchdog_s: see `EngineConfig`; 0 watches nothing.
     """
 
     client: EngineClient
@@ -37,6 +37,7 @@ class Service:
     api_key: str | None = field(default=None, repr=False)
     ping_seconds: float = 10.0
     max_num_queued_reqs: int | None = None
+    watchdog_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

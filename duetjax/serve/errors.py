@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duetjax.config import InvalidRequest
+from duetjax.config import DuetJAXError, InvalidRequest
+from duetjax.engine import EngineClient
 
 
 class HttpError(Exception):
@@ -41,6 +42,13 @@ def model_not_found(name: str, served: tuple[str, ...]) -> HttpError:
 def engine_dead(reason: str) -> HttpError:
     """500 for requests that a failed engine can no longer finish."""
     return HttpError(500, "engine_dead", reason)
+
+
+def not_running(client: EngineClient) -> str:
+    """Why an engine takes no work, in words that anybody may read; the log has the others."""
+    failure = client.failure
+    reason = str(failure) if isinstance(failure, DuetJAXError) else "see the server's log"
+    return f"the engine is not running: {reason}"
 
 
 def non_finite_logits() -> HttpError:

@@ -10,11 +10,9 @@ from duetjax.serve.admission import shutting_down
 from duetjax.serve.call import Call, Choice, Delta, ScoredToken
 from duetjax.serve.context import Context
 from duetjax.serve.dispatch import Arrival, Mail
-from duetjax.serve.errors import HttpError, engine_dead, non_finite_logits
+from duetjax.serve.errors import HttpError, engine_dead, non_finite_logits, not_running
 from duetjax.text.stream import TextDelta, TextStream
 from duetjax.text.tokenizer import Tokenizer
-
-_LOST = "the engine has died and the request is lost; see the server's log"
 
 
 class _Progress:
@@ -115,7 +113,7 @@ class Generation:
             if self._client.is_healthy:
                 return None
             self._unfinished_because = FinishReason.ERROR
-            raise engine_dead(_LOST) from None
+            raise engine_dead(not_running(self._client)) from None
         except HttpError:
             self._unfinished_because = FinishReason.ERROR
             raise
@@ -130,7 +128,7 @@ class Generation:
         try:
             self._client.submit(new)
         except EngineDead:  # whose message is for the operator, who has it in the log
-            raise engine_dead("the engine is not running; see the server's log") from None
+            raise engine_dead(not_running(self._client)) from None
 
     def _advance(self, progress: _Progress, arrival: Arrival) -> Delta:
         output, choice = arrival.output, progress.choice
@@ -156,7 +154,7 @@ class Generation:
         if finish is FinishReason.ABORT:
             return shutting_down()
         if not self._client.is_healthy:
-            return engine_dead(_LOST)
+            return engine_dead(not_running(self._client))
         return non_finite_logits()
 
     def _observe_tokens(self, progress: _Progress, at: float, count: int) -> None:

@@ -121,6 +121,10 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(
                 "duetjax_predictions_trusted", trusted, float(stats.predictions_trusted)
             )
+        healthy = "1 while the engine runs and takes requests; 0 before and after"
+        yield GaugeMetricFamily("duetjax_engine_healthy", healthy, self._client.is_healthy)
+        silence = "What the slowest step in flight, or round of the engine, has taken so far"
+        yield GaugeMetricFamily("duetjax_silence_seconds", silence, self._client.silence)
         compiled = "Programs compiled by XLA in this process; constant once it serves"
         yield CounterMetricFamily("duetjax_compilations", compiled, self._compilations())
 

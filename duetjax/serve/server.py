@@ -15,12 +15,15 @@ from duetjax.config import ConfigError
 from duetjax.serve.admission import shutting_down
 from duetjax.serve.app import create_app
 from duetjax.serve.context import Context, Service
+from duetjax.serve.errors import engine_dead, not_running
 from duetjax.serve.h11_protocol import JsonErrorProtocol
 
 _log = logging.getLogger(__name__)
 _MAX_HEADER_BYTES = 64 * 2**10
 _KEEP_ALIVE_SECONDS = 5
 _LAST_WORDS_SECONDS = 2.0  # for error events to leave, once in-flight work has been given up
+_OBITUARY_SECONDS = 3.0  # for probes and new clients to be told of an engine that has died
+_PULSE_SECONDS = 0.1  # between looks whether it has
 
 
 class _Uvicorn(uvicorn.Server):
@@ -34,7 +37,8 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """Serves one `Service` on a socket from `bind` until it is stopped, and closes the socket.
 
-    shutdown_timeout: seconds that calls in flight have to finish once it drains.
+    shutdown_timeout: seconds that calls in flight have to finish once it drains. Once the engine
+    has failed the server gives every call up, says so to all comers for some seconds, and ends.
     """
 
     def __init__(
@@ -69,8 +73,9 @@ class HttpServer:
     def run(self, announce: Callable[[str], None]) -> None:
         """Serves until `stop` or, on the main thread, SIGTERM or SIGINT; then drains and returns.
 
-        announce: told one line with the address once requests are answered. The engine is
-        started here, but its shutdown is for whoever made it.
+        Returns also once the engine has failed, as its `failure` tells. announce: told one line
+        with the address once requests are answered. The engine is started here, but its shutdown
+        is for whoever made it.
         """
         gc.collect()
         gc.freeze()  # or each full collection goes over all that was loaded, tens of milliseconds
@@ -96,8 +101,7 @@ class HttpServer:
             await asyncio.sleep(0.01)
         if self._uvicorn.started:
             announce(f"duetjax: serving {self._service.model_names[0]} on {self.url}")
-            await self._stopping.wait()
-            await self._drain()
+            await self._until_stopped_or_dead()
             self._uvicorn.should_exit = True
         await serving
 
@@ -105,6 +109,21 @@ class HttpServer:
         if self._stopping.is_set():
             self._stopping_at_once.set()
         self._stopping.set()
+
+    async def _until_stopped_or_dead(self) -> None:
+        drained = asyncio.create_task(self._drain_when_stopped())
+        while not drained.done():
+            if self._service.client.failure is not None:
+                self._context.dispatcher.give_up(engine_dead(not_running(self._service.client)))
+                await asyncio.wait((drained,), timeout=_OBITUARY_SECONDS)
+                drained.cancel()
+                return
+            await asyncio.wait((drained,), timeout=_PULSE_SECONDS)
+        drained.result()
+
+    async def _drain_when_stopped(self) -> None:
+        await self._stopping.wait()
+        await self._drain()
 
     async def _drain(self) -> None:
         """Lets calls in flight finish while the listener stays open, then gives them up."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from alphabet_model import alphabet_model
 from compare import first_differences
-from fake_engine import PATIENCE, FakeEngine, continuation
+from fake_engine import PATIENCE, FakeEngine, continuation, wait_until
 
 import duetjax.llm
 from duetjax import AsyncLLM, SamplingParams
@@ -214,6 +214,21 @@ def test_an_engine_that_dies_raises_for_everybody_and_for_those_to_come(llm, eng
             await anext(llm.generate("a", GREEDY))
 
     run(dying())
+
+
+def test_a_device_that_hangs_raises_for_everybody(llm, engine):
+    async def hanging():
+        engine.executor.hold()
+        tasks = [asyncio.create_task(collect(llm.generate(p, ENDLESS))) for p in "abc"]
+        while engine.executor.num_waiting == 0:
+            await asyncio.sleep(0.001)
+        engine.watch(0.2)
+        died = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(d) for d in died] == [EngineDead] * 3
+
+    run(hanging())
+    engine.executor.release()
+    wait_until(lambda: engine.shutdown(PATIENCE), "the engine's end")
 
 
 def test_logits_that_are_not_finite_end_their_completion_alone(llm, engine):

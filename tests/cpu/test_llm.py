@@ -319,6 +319,15 @@ def test_an_engine_that_dies_raises(alphabet):
         alphabet.generate(["a", "j"], GREEDY, use_tqdm=False)
 
 
+def test_a_device_that_hangs_raises_instead_of_waiting_for_ever(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(duetjax.llm, "load", lambda *_: alphabet_model(engine))
+    engine.executor.hold()
+    with LLM(watchdog_s=0.2) as llm, pytest.raises(EngineDead, match="nothing has come from"):
+        llm.generate(["a", "j"], GREEDY, use_tqdm=False)
+    engine.executor.release()
+
+
 def test_a_stop_string_does_not_count_before_min_tokens(alphabet):
     params = replace(GREEDY, stop=["b", "e"], min_tokens=1, max_tokens=9)
     [result] = alphabet.generate("a", params, use_tqdm=False)

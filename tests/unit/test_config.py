@@ -249,6 +249,8 @@ def test_none_means_no_stops_as_in_vllm():
         ({"tbt_slo_ms": 0}, "--tbt-slo-ms"),
         ({"tbt_slo_ms": float("nan")}, "--tbt-slo-ms"),
         ({"tbt_slo_ms": "50"}, "--tbt-slo-ms"),
+        ({"watchdog_s": -1}, "--watchdog-s"),
+        ({"watchdog_s": float("nan")}, "--watchdog-s"),
         ({"hardware_profile": 5}, "--hardware-profile"),
         ({"model_profile": b"a"}, "--model-profile"),
         ({"policy": "duets"}, "aggregated-slo, duet"),

@@ -404,25 +404,32 @@ def test_an_engine_whose_outputs_nobody_ever_takes_still_ends():
 # Health and shutdown.
 
 
-def test_an_idle_engine_is_healthy_and_ticks_with_the_clock():
+def test_an_engine_that_was_never_asked_waits_for_nothing():
+    clock = Clock()
+    with running(clock=clock) as (client, _, _):
+        clock.now = 900.0
+        eventually(lambda: client.silence == 0.0)
+
+
+def test_an_idle_engine_is_healthy_and_waits_for_nothing():
     clock = Clock()
     with running(clock=clock) as (client, _, frontend):
         client.submit(request("a"))
         frontend.wait_for_end("a")
         clock.now = 900.0
-        eventually(lambda: client.last_tick == 900.0)
+        eventually(lambda: client.silence == 0.0)
         assert client.is_healthy
     assert not client.is_healthy
 
 
-def test_a_step_that_hangs_shows_as_an_old_tick():
+def test_a_step_that_hangs_shows_as_silence():
     clock = Clock()
     with running(clock=clock) as (client, executor, _):
         executor.hold()
         client.submit(request("a"))
         assert executor.held.wait(WAIT)
         clock.now = 900.0
-        assert client.last_tick == 100.0
+        assert client.silence == 800.0
         assert client.is_healthy
 
 

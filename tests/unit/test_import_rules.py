@@ -60,7 +60,8 @@ RULES = {
         ),
         theirs=("jax", "numpy"),
     ),
-    "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy")),
+    "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy", "duetjax.watchdog")),
+    "duetjax.watchdog": Rule(ours=("duetjax.config", "duetjax.policy.launch"), never=CLOCKS),
     "duetjax.build": Rule(
         ours=(
             "duetjax.checkpoint",

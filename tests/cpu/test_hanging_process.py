@@ -1,0 +1,44 @@
+"""`duetjax serve` over a device that never answers: its clients are told, and the process ends."""
+
+import json
+from pathlib import Path
+
+import httpx
+from server_process import metric, serving
+
+HERE = Path(__file__).parent
+PATIENCE = 60  # seconds
+BODY = {"model": "alphabet", "prompt": "a", "stream": True, "max_tokens": 40}
+
+# Python's own end would wait for ever, as in a library that waits for its device.
+PROGRAM = f"""
+import atexit, sys, time
+atexit.register(time.sleep, 1e6)
+sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent / "unit")!r}]
+import duetjax.build, duetjax.cli
+from alphabet_model import alphabet_model
+from fake_engine import FakeEngine
+
+engine = FakeEngine()
+engine.executor.hold()
+engine.executor.step(3)
+duetjax.build.load = lambda *_, **__: alphabet_model(engine)
+sys.exit(duetjax.cli.main())
+"""
+
+
+def test_a_lane_that_never_comes_back_ends_the_stream_the_health_and_the_process():
+    with serving("--watchdog-s", "0.5", program=("-c", PROGRAM)) as (process, url):
+        with httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE) as client:
+            assert client.get("/health").status_code == 200
+            stream = client.post("/v1/completions", json=BODY).text
+            health = client.get("/health")
+        assert metric(url, "duetjax_engine_healthy") == 0
+        *_, error, done = [line[6:] for line in stream.splitlines() if line.startswith("data: ")]
+        assert json.loads(error)["error"]["code"] == "engine_dead"
+        assert done == "[DONE]"
+        assert health.status_code == 503
+        assert "nothing has come from the device" in health.json()["error"]["message"]
+        _, log = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1
+        assert "duetjax: error: the engine failed: nothing has come from the device" in log
