@@ -164,6 +164,7 @@ def build_engine(
         executor,
         vocab_size=source.config.vocab_size,
         on_close=planning.close,
+        rung=Backend.LANES if programs.layout.in_pool else Backend.JAX,
     )
     return client, plan
 
@@ -205,6 +206,7 @@ def _has_lanes(config: ModelConfig, engine: EngineConfig, dtype: str) -> bool:
         return False
     reason = host_kernels.why_not(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
     if reason is None:
+        _log.info("launches run in lanes, beside each other where the policy says so")
         host_kernels.register()
         return True
     if engine.backend == Backend.LANES:

@@ -452,11 +452,21 @@ def _doctor(_args: argparse.Namespace) -> int:
     for package in packages:
         print(f"{package:12} {importlib.metadata.version(package)}")
     print(f"devices      {', '.join(map(str, jax.devices()))} ({os.cpu_count()} cores)")
-    print("attention    plain XLA, paged")
-    print(f"launcher     {_launcher_status()}; launches run as plain JAX calls, one after another")
+    print(f"launcher     {_launcher_status()}")
+    print(f"launches     {_rung()}")
     print(f"presets      {', '.join(preset_names())}")
     print(f"demo         {resolve_model(None).folder}")
     return 0
+
+
+def _rung() -> str:
+    """How launches would run on this machine's processor, and why not better."""
+    from duetjax.runtime import host_kernels
+
+    reason = host_kernels.why_not(num_heads=8, num_kv_heads=8, head_dim=64, dtype="float32")
+    if reason is not None:
+        return f"plain JAX calls, one after another: {reason}"
+    return "in lanes, beside each other where the policy says so"
 
 
 def _launcher_status() -> str:

@@ -50,7 +50,7 @@ class EngineClient:
     exception is under `start`.
 
     vocab_size bounds the token ids of prompts. clock: seconds, monotonic. on_close: called once, on
-    the engine thread, after its last launch.
+    the engine thread, after its last launch. rung: in a word, how launches run, for those who ask.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class EngineClient:
         vocab_size: int,
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] = lambda: None,
+        rung: str = "",
     ) -> None:
+        self.rung = rung
         self._scheduler = scheduler  # after start(), touched by the engine thread alone
         self._limits = scheduler.limits
         self._vocab_size = vocab_size

@@ -27,7 +27,7 @@ MOST_HEAD_DIM, VECTOR, MOST_GROUP = 256, 8, 32
 def why_not(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> str | None:
     """What the kernels lack for a model of these shapes; None if they can run it."""
     if _launcher is None:
-        return "the launcher has not been built (`duetjax doctor` says why)"
+        return "the launcher has not been built; install a C compiler, then duetjax anew"
     if head_dim > MOST_HEAD_DIM or head_dim % VECTOR:
         return f"head_dim {head_dim} is not a multiple of {VECTOR} up to {MOST_HEAD_DIM}"
     if num_heads // num_kv_heads > MOST_GROUP:

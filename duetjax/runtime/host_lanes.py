@@ -7,7 +7,6 @@ prompt leaves of its slot is handed over: the decode lane alone goes on with it.
 
 import queue
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -27,8 +26,8 @@ type _Counts = tuple[int, np.ndarray]
 class HostLanes:
     """Implements `policy.launch.Executor`, the whole device being the decode lane's.
 
-    `submit` waits for nothing. A failure on a lane is delivered once; the other lane may go on
-    until the executor is closed.
+    `submit` waits for nothing. A lane's failure is the last that it delivers; the other lane may go
+    on until the executor is closed.
     """
 
     def __init__(
@@ -108,9 +107,9 @@ class _LaneThreads:
         self._chain = chain
         self._handed = handed
         self._coming: queue.SimpleQueue[Prepared | _Counts | None] = queue.SimpleQueue()
-        self._begun: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[_Begun | BaseException | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._guarded, args=(each,), name=f"{name}-{what}", daemon=True)
+            threading.Thread(target=each, name=f"duetjax-{name}-{what}", daemon=True)
             for what, each in (("begin", self._begin_all), ("wait", self._wait_for_all))
         ]
 
@@ -130,15 +129,9 @@ class _LaneThreads:
     def close(self) -> None:
         """Waits for what has been put."""
         self._coming.put(None)
-        for thread in self._threads:
+        for thread in filter(threading.Thread.is_alive, self._threads):
             thread.join()
         del self._chain
-
-    def _guarded(self, serve: Callable[[], None]) -> None:
-        try:
-            serve()
-        except BaseException as failure:  # the engine decides what it means
-            self._deliver(failure)
 
     def _begin_all(self) -> None:
         try:
@@ -147,8 +140,9 @@ class _LaneThreads:
                     self._begin(item)
                 else:
                     self._chain.set_counts(*item)
-        finally:
             self._begun.put(None)
+        except BaseException as failure:  # it is delivered behind the steps begun before
+            self._begun.put(failure)
 
     def _begin(self, prepared: Prepared) -> None:
         launch, chain = prepared.launch, self._chain
@@ -161,9 +155,17 @@ class _LaneThreads:
             self._begun.put(_Begun(launch, step, block, progress))
 
     def _wait_for_all(self) -> None:
-        while (begun := self._begun.get()) is not None:
-            launch, step, block, progress = begun
-            result = step_result(launch, block)
-            if progress is not None:
-                self._handed.put(launch, progress)
-            self._deliver(FinishedStep(launch.ticket, step, result))
+        try:
+            while (begun := self._begun.get()) is not None:
+                if isinstance(begun, BaseException):
+                    raise begun
+                self._wait_for(begun)
+        except BaseException as failure:  # the engine decides what it means
+            self._deliver(failure)
+
+    def _wait_for(self, begun: _Begun) -> None:
+        launch, step, block, progress = begun
+        result = step_result(launch, block)
+        if progress is not None:
+            self._handed.put(launch, progress)
+        self._deliver(FinishedStep(launch.ticket, step, result))

@@ -121,6 +121,10 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(
                 "duetjax_predictions_trusted", trusted, float(stats.predictions_trusted)
             )
+        if self._client.rung:
+            rung = GaugeMetricFamily("duetjax_rung", "How launches run; 1", labels=["rung"])
+            rung.add_metric([self._client.rung], 1)
+            yield rung
         healthy = "1 while the engine runs and takes requests; 0 before and after"
         yield GaugeMetricFamily("duetjax_engine_healthy", healthy, self._client.is_healthy)
         silence = "What the slowest step in flight, or round of the engine, has taken so far"

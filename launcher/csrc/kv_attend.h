@@ -73,11 +73,8 @@ INLINE void begin(const struct kv_attention *work, struct tile *tile) {
     float scale = 1 / sqrtf((float)D);
     for (size_t row = 0; row < tile->num_rows; row++) {
         size_t from = query_at(work, tile, row) * D;
-        tile->is_finite[row] = true;
-        for (size_t d = 0; d < D; d++) {
+        for (size_t d = 0; d < D; d++)
             tile->queries[row][d] = load(work->pool->shape.type, work->queries, from + d) * scale;
-            tile->is_finite[row] &= isfinite(tile->queries[row][d]) != 0;
-        }
         memset(tile->out[row], 0, D * sizeof(float));
         tile->peak[row] = -INFINITY;
         tile->total[row] = 0;
@@ -219,8 +216,8 @@ static void VERSION(attend)(const struct kv_attention *work, struct tile *tile) 
         }
     }
     for (size_t row = 0; row < tile->num_rows; row++) {
-        /* Whoever brings what is not finite gets that back; pages are always finite. */
-        float total = tile->is_finite[row] && tile->total[row] > 0 ? tile->total[row] : NAN;
+        /* Pages are always finite; of a query that is not, no score has any weight. */
+        float total = tile->total[row] > 0 ? tile->total[row] : NAN;
         for (size_t d = 0; d < D; d++)
             store(shape->type, work->out, query_at(work, tile, row) * D + d,
                   tile->out[row][d] / total);

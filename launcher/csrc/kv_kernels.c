@@ -99,7 +99,6 @@ struct tile {
     float queries[MOST_ROWS][KV_MOST_HEAD_DIM];
     float out[MOST_ROWS][KV_MOST_HEAD_DIM];
     float peak[MOST_ROWS], total[MOST_ROWS];
-    bool is_finite[MOST_ROWS];
 };
 
 static size_t query_at(const struct kv_attention *work, const struct tile *tile, size_t row) {

@@ -2,7 +2,7 @@
  *
  * Work is cut into items that depend on nothing but their row and head, and each visits its keys in
  * blocks from position 0 on: a query's result is the same bits alone, in any batch, in one piece
- * and in chunks, and on any number of threads. */
+ * and in chunks, and on any number of threads. Decode and prefill differ in the last bits. */
 #ifndef DUET_KV_KERNELS_H
 #define DUET_KV_KERNELS_H
 

@@ -26,8 +26,11 @@ static struct kv_pool *make(const struct kv_shape *shape) {
         return NULL;
     pool->shape = *shape;
     pool->users = 1;
-    pool->head_bytes = shape->page_size * shape->head_dim * (shape->type == KV_F32 ? 4 : 2);
-    if (__builtin_mul_overflow(pool->head_bytes * 2, shape->num_heads, &pool->page_bytes) ||
+    size_t values, both_bytes; /* of a head in a page; bytes of keys and values */
+    if (__builtin_mul_overflow(shape->page_size, shape->head_dim, &values) ||
+        __builtin_mul_overflow(values, shape->type == KV_F32 ? 4 : 2, &pool->head_bytes) ||
+        __builtin_mul_overflow(pool->head_bytes, 2, &both_bytes) ||
+        __builtin_mul_overflow(both_bytes, shape->num_heads, &pool->page_bytes) ||
         __builtin_mul_overflow(pool->page_bytes, shape->num_pages, &pool->array_bytes) ||
         __builtin_mul_overflow(pool->array_bytes, shape->num_arrays, &pool->bytes) ||
         (pool->memory = map(pool->bytes)) == NULL) {

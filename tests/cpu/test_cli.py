@@ -112,7 +112,7 @@ def test_generate_reads_the_prompt_from_standard_input():
 def test_doctor_shows_versions_and_what_is_missing():
     done = run("doctor")
     assert done.returncode == 0, done.stderr
-    for fact in ("jax", "devices", "launcher", "plain JAX calls", "demo"):
+    for fact in ("jax", "devices", "launcher", "launches", "demo"):
         assert fact in done.stdout
 
 
