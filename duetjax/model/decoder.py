@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from duetjax.config import ModelConfig
 from duetjax.model.fusion import Fusion, part_rows
-from duetjax.model.layers import MLP, Embedding, Linear, RMSNorm, rope_frequencies, rotate
+from duetjax.model.layers import MLP, Embedding, Linear, RMSNorm, product, rope_frequencies, rotate
 
 type Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 """(layer, q [..., N, H, D], k [..., N, K, D], v [..., N, K, D]) -> [..., N, H, D]."""
@@ -95,9 +95,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden_size] -> float32 [..., V], for the rows that need them only."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum(
-            "...i,oi->...o", hidden, head.weight[...], preferred_element_type=jnp.float32
-        )
+        weight = head.weight[...]
+        if hidden.dtype == jnp.float32:
+            return product(hidden, weight)
+        return jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
 
 
 def causal_attention(_layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

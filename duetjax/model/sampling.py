@@ -88,6 +88,8 @@ def sample(
     prompt_mask: jax.Array,
     allowed: jax.Array,
     position: jax.Array,
+    *,
+    may_branch: bool = False,
 ) -> Sampled:
     """One token per row, its logprob and the most likely tokens.
 
@@ -95,6 +97,7 @@ def sample(
     output so far; prompt_mask, allowed [B, ceil(V / 32)] uint32: bit v % 32 of word v // 32;
     position [B] int32: where the sampled token will stand. Random bits are a function of (seed,
     position) alone, so a row draws the same in any batch and after a recompute, up to rounding.
+    may_branch: leave out what no row needs, to the same result; on a GPU the host would decide.
     """
     size = logits.shape[1]
     poisoned = jnp.where(jnp.isfinite(logits), logits, jnp.nan)
@@ -105,7 +108,7 @@ def sample(
 
     adjusted = _adjusted(logits, params, counts, prompt_mask, allowed, position)
     best = _top(adjusted, _grouped(adjusted).max(-1), _CANDIDATES)
-    token = _draw(adjusted, best, params, position)
+    token = _draw(adjusted, best, params, position, may_branch=may_branch)
     token = jnp.minimum(token, size - 1)  # a row of NaN may have chosen padding
     finite = jnp.isfinite(raw.maxima[:, 0]) & jnp.isfinite(raw.maxima[:, -1])  # NaN is at an end
     kept = min(_NUM_TOP, size)
@@ -200,7 +203,9 @@ def _bit(mask: jax.Array, ids: jax.Array) -> jax.Array:
     return _gather(mask, ids >> 5) >> (ids & 31).astype(jnp.uint32) & 1 != 0
 
 
-def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Array) -> jax.Array:
+def _draw(
+    adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Array, *, may_branch: bool
+) -> jax.Array:
     """One token of each row's kept set, [B], the greatest logit's if the row is greedy."""
     highest, floor = best.maxima[:, 0], _floor(best, params)
     weights = _weight(_grouped(adjusted), highest, floor).sum(-1)
@@ -217,9 +222,20 @@ def _draw(adjusted: jax.Array, best: _Top, params: RowParams, position: jax.Arra
     inside = (best.values >= floor[:, None]) & (above < limit) & (masses > 0)
     chosen = _race(jnp.where(inside, masses, 0.0), _bits(params.seed, position, 0, _CANDIDATES))
 
-    tokens = _proposals(adjusted, weights, (highest, floor), params.seed, position)
-    mass, count = _above(adjusted, normaliser, _gather(adjusted, tokens))
-    accepted = (mass < limit) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
+    def proposed() -> tuple[jax.Array, jax.Array]:
+        tokens = _proposals(adjusted, weights, (highest, floor), params.seed, position)
+        mass, count = _above(adjusted, normaliser, _gather(adjusted, tokens))
+        return tokens, (mass < limit) & ((beyond == 0)[:, None] | (count < params.top_k[:, None]))
+
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        shape = (adjusted.shape[0], _PROPOSALS)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+
+    if may_branch:
+        is_needed = (inside.all(1) & (params.temperature >= _GREEDY_BELOW)).any()
+        tokens, accepted = jax.lax.cond(is_needed, proposed, nothing)
+    else:
+        tokens, accepted = proposed()
     greedy = params.temperature < _GREEDY_BELOW
     is_open = inside.all(1) & accepted.any(1) & ~greedy
     closed = _pick(best.ids, jnp.where(greedy, 0, chosen))

@@ -274,6 +274,7 @@ class Programs:
             tables.prompt_mask[slot],
             tables.allowed[slot],
             position,
+            may_branch=self.target.platform == "cpu",
         )
         ended = (drawn.token[:, None] == rows.params.stop_ids).any(1)
         valid = ends.sampling & drawn.is_finite

@@ -19,7 +19,7 @@ from duetjax.model.sampling import RowParams, _bits, sample
 NUM_STOPS, NUM_BIASES = 3, 6
 LEAST_P_VALUE = 1e-4  # seeds are fixed: a failure is a change, not bad luck
 
-sampled = jax.jit(sample)
+sampled = jax.jit(sample, static_argnames="may_branch")
 
 
 def packed(ids, V, beyond):
@@ -73,7 +73,9 @@ def arguments(rows):
 def sampled_rows(rows):
     """The sampler's results for at most 16 rows, as numpy; padded, so that few shapes compile."""
     filled = [*rows, *[rows[-1]] * (16 - len(rows))]
-    return jax.tree.map(lambda a: np.asarray(a)[: len(rows)], sampled(*arguments(filled)))
+    out, branched = (sampled(*arguments(filled), may_branch=may) for may in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, out, branched)
+    return jax.tree.map(lambda a: np.asarray(a)[: len(rows)], out)
 
 
 def draws(row, num, per_call=512):
