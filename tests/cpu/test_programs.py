@@ -273,7 +273,7 @@ class Machine:
         return {place}
 
     def kv(self):
-        return [np.array(layer) for layer in self.executor._state.kv]
+        return [np.array(layer) for layer in self.executor._chain._state.kv]
 
     def check_writes(self, before, written):
         """Every place but those of the tokens fed, and the dummy page, is as it was."""
@@ -324,7 +324,7 @@ def test_k_steps_of_one_launch_are_bitwise_those_of_k_launches(temperature):
         for k in launches:
             ticket = device.submit(Launch(0, Program.DECODE, 4, (0, 1, 2), k=k, wants_top=True))
             steps += [device.result(ticket, i) for i in range(k)]
-        seen.append((steps, [np.array(layer).tobytes() for layer in device._state.kv]))
+        seen.append((steps, [np.array(layer).tobytes() for layer in device._chain._state.kv]))
     assert seen[0] == seen[1] == seen[2]
 
 
