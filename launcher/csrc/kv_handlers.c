@@ -59,6 +59,21 @@ static xla_error *open_call(const struct xla_call *call, int64_t num_arguments,
     return misfit(call, "the array's number");
 }
 
+typedef xla_error *body(const struct xla_call *call, const struct kv_pool *pool, size_t array);
+
+static xla_error *on_pool(const struct xla_call *call, int64_t num_arguments, body *run) {
+    struct kv_pool *pool = NULL;
+    size_t array = 0;
+    if (duet_ffi_is_query(call))
+        return NULL;
+    xla_error *error = open_call(call, num_arguments, &pool, &array);
+    if (error != NULL || pool == NULL)
+        return error;
+    error = run(call, pool, array);
+    kv_pool_give_back(pool);
+    return error;
+}
+
 static xla_error *write_pages(const struct xla_call *call, const struct kv_pool *pool,
                               size_t array) {
     const struct xla_buffer *keys = argument(call, 1), *values = argument(call, 2);
@@ -76,16 +91,7 @@ static xla_error *write_pages(const struct xla_call *call, const struct kv_pool 
 }
 
 xla_error *duet_kv_write(struct xla_call *call) {
-    struct kv_pool *pool;
-    size_t array;
-    if (duet_ffi_is_query(call))
-        return NULL;
-    xla_error *error = open_call(call, 5, &pool, &array);
-    if (error != NULL)
-        return error;
-    error = write_pages(call, pool, array);
-    kv_pool_give_back(pool);
-    return error;
+    return on_pool(call, 5, write_pages);
 }
 
 /* Items that threads take one after another. Whoever comes late finds nothing to do, perhaps long
@@ -181,9 +187,10 @@ static struct kv_attention work_of(const struct xla_call *call, const struct kv_
 }
 
 /* A decoding row is a prompt of one token that comes after the others. */
-static xla_error *decode(const struct xla_call *call, struct kv_attention *work) {
+static xla_error *decode(const struct xla_call *call, const struct kv_pool *pool, size_t array) {
+    struct kv_attention work = work_of(call, pool, array);
     const struct xla_buffer *lengths = argument(call, 3);
-    size_t rows = work->num_queries;
+    size_t rows = work.num_queries;
     if (!is_row(lengths, rows))
         return misfit(call, "lengths");
     int32_t *offsets = malloc((2 * rows + 1) * sizeof *offsets);
@@ -196,25 +203,15 @@ static xla_error *decode(const struct xla_call *call, struct kv_attention *work)
         int32_t length = ((const int32_t *)lengths->data)[row];
         starts[row] = length > 0 ? length - 1 : 0;
     }
-    work->offsets = offsets, work->starts = starts, work->num_rows = rows;
-    work->is_decode = true;
-    xla_error *error = attention(call, work);
+    work.offsets = offsets, work.starts = starts, work.num_rows = rows;
+    work.is_decode = true;
+    xla_error *error = attention(call, &work);
     free(offsets);
     return error;
 }
 
 xla_error *duet_kv_decode_attention(struct xla_call *call) {
-    struct kv_pool *pool;
-    size_t array;
-    if (duet_ffi_is_query(call))
-        return NULL;
-    xla_error *error = open_call(call, 4, &pool, &array);
-    if (error != NULL)
-        return error;
-    struct kv_attention work = work_of(call, pool, array);
-    error = decode(call, &work);
-    kv_pool_give_back(pool);
-    return error;
+    return on_pool(call, 4, decode);
 }
 
 /* Rows lie one behind the other, and within the queries. */
@@ -226,26 +223,17 @@ static bool are_in_order(const int32_t *offsets, const int32_t *starts, size_t n
     return offsets[0] >= 0 && (size_t)offsets[num_rows] <= num_queries;
 }
 
-static xla_error *prefill(const struct xla_call *call, struct kv_attention *work) {
+static xla_error *prefill(const struct xla_call *call, const struct kv_pool *pool, size_t array) {
+    struct kv_attention work = work_of(call, pool, array);
     const struct xla_buffer *offsets = argument(call, 3), *starts = argument(call, 4);
     if (!is(starts, XLA_S32, 1) || !is_row(offsets, size(starts, 0) + 1) ||
-        !are_in_order(offsets->data, starts->data, size(starts, 0), work->num_queries))
+        !are_in_order(offsets->data, starts->data, size(starts, 0), work.num_queries))
         return misfit(call, "rows");
-    work->offsets = offsets->data, work->starts = starts->data;
-    work->num_rows = size(starts, 0);
-    return attention(call, work);
+    work.offsets = offsets->data, work.starts = starts->data;
+    work.num_rows = size(starts, 0);
+    return attention(call, &work);
 }
 
 xla_error *duet_kv_prefill_attention(struct xla_call *call) {
-    struct kv_pool *pool;
-    size_t array;
-    if (duet_ffi_is_query(call))
-        return NULL;
-    xla_error *error = open_call(call, 5, &pool, &array);
-    if (error != NULL)
-        return error;
-    struct kv_attention work = work_of(call, pool, array);
-    error = prefill(call, &work);
-    kv_pool_give_back(pool);
-    return error;
+    return on_pool(call, 5, prefill);
 }
