@@ -58,9 +58,10 @@ def main() -> int:
         if len(together) < BATCH or not all(s.finished for s in (*answers, *together)):
             raise SystemExit("a stream did not complete; the reason is above")
         print(table(answers, together))
-        free, total = pages(port)
-        print(f"KV pages free: {free} of {total}")
-        return 0 if free == total else 1
+        counts = pages(port)
+        total, given_back = sum(counts.values()), counts["free"] + counts["cached"]
+        print(f"KV pages given back: {given_back} of {total}, {counts['cached']} of them cached")
+        return 0 if given_back == total else 1
     finally:
         stop(server)
 
@@ -176,13 +177,12 @@ def get(port: int, path: str) -> str:
     return body
 
 
-def pages(port: int) -> tuple[int, int]:
-    """KV pages free and in all, by the server's metrics."""
+def pages(port: int) -> dict[str, int]:
+    """KV pages by state, by the server's metrics."""
     found = dict(
         re.findall(r'duetjax_pages\{.*?state="(\w+)".*?\} ([\d.]+)', get(port, "/metrics"))
     )
-    counts = {state: int(float(count)) for state, count in found.items()}
-    return counts["free"], sum(counts.values())
+    return {state: int(float(count)) for state, count in found.items()}
 
 
 if __name__ == "__main__":
