@@ -58,7 +58,7 @@ def main() -> int:
         if len(together) < BATCH or not all(s.finished for s in (*answers, *together)):
             raise SystemExit("a stream did not complete; the reason is above")
         print(table(answers, together))
-        counts = pages(port)
+        counts = settled_pages(port)
         total, given_back = sum(counts.values()), counts["free"] + counts["cached"]
         print(f"KV pages given back: {given_back} of {total}, {counts['cached']} of them cached")
         return 0 if given_back == total else 1
@@ -175,6 +175,16 @@ def get(port: int, path: str) -> str:
     body = connection.getresponse().read().decode()
     connection.close()
     return body
+
+
+def settled_pages(port: int) -> dict[str, int]:
+    """KV pages by state, once the launches planned ahead have ended; after 5 s as they are."""
+    deadline = time.monotonic() + 5
+    while (counts := pages(port))["held"] or counts["quarantined"]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return counts
 
 
 def pages(port: int) -> dict[str, int]:
