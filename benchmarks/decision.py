@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import random
-import subprocess
 import time
 from collections import Counter
 from itertools import product
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkout import commit
 
 from duetjax.policy.duet import DuetPolicy, Sizes
 from duetjax.policy.foresight import Foresight
@@ -127,14 +127,6 @@ def main() -> None:
         "commit": commit(),
     }
     print(json.dumps(result))
-
-
-def commit() -> str | None:
-    """The checkout's short commit id; None outside a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from dataclasses import replace
 
 import jax
 import numpy as np
+from checkout import commit
 
 from duetjax.checkpoint.source import resolve_model
 from duetjax.config import EngineConfig, ModelConfig, SamplingParams
@@ -112,14 +112,6 @@ def main() -> None:
     }
     print(f"ratio {result['ratio']}")
     print(json.dumps(result))
-
-
-def commit() -> str | None:
-    """The checkout's short commit id; None outside a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 if __name__ == "__main__":

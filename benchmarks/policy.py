@@ -20,12 +20,12 @@ import json
 import os
 import platform
 import random
-import subprocess
 import time
 from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
+from checkout import commit
 
 from duetjax.config import SamplingParams
 from duetjax.policy.durations import DurationTable
@@ -209,14 +209,6 @@ def main() -> None:
         "commit": commit(),
     }
     print(json.dumps(result))
-
-
-def commit() -> str | None:
-    """The checkout's short commit id; None outside a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from decode_context import commit
+from checkout import commit
 
 from duetjax import LLM, SamplingParams
 

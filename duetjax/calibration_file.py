@@ -8,10 +8,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from duetjax.config import ConfigError
 from duetjax.policy.calibration import Calibration
 from duetjax.policy.durations import Step
 from duetjax.policy.foresight import Foresight
+from duetjax.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class CalibrationFile:
     def write(self, document: dict[str, object]) -> None:
         """Puts a calibration's document in place, whole or not at all; where it cannot, warns."""
         try:
-            _write(self.path, json.dumps(document).encode())
+            write_whole(self.path, json.dumps(document).encode(), ".part")
             _prune(self.path)
         except OSError as error:
             if not self._has_warned:
@@ -153,21 +152,6 @@ class KeptForesight:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(".part", f"{path.stem}.", path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(unfinished)
-        raise
 
 
 def _prune(newest: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpu.building import ROOT
+from checkout import commit
+
 from gpu.items import Outcome
 from gpu.running import Finding
 
@@ -81,13 +81,3 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def commit() -> str | None:
-    """The checkout's short commit id; None where there is no git or no checkout."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None

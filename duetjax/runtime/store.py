@@ -18,7 +18,6 @@ import pickle
 import platform
 import re
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,8 @@ from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+
+from duetjax.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class ProgramStore:
             return
         try:
             path = _path(self._folder, key)
-            _write(path, data)
+            write_whole(path, data, ".tmp")
             _prune(self._folder, self._max_bytes, newest=path)
         except OSError as error:
             reason = f"programs cannot be stored in {self._folder}, so every start compiles them"
@@ -322,22 +323,6 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Puts a file in place whole or not at all, also beside another process that does the same."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(".tmp", f"{path.stem}.", path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(unfinished)
-        raise
 
 
 def _prune(folder: Path, max_bytes: int, newest: Path) -> None:

@@ -16,6 +16,7 @@ import random
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from dataclasses import replace
@@ -623,7 +624,7 @@ def test_a_folder_that_cannot_be_made_gives_one_warning(tmp_path, key, compiled,
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(store.tempfile, "mkstemp"), (os, "replace"), (os, "fsync")]
+    ("module", "name"), [(tempfile, "mkstemp"), (os, "replace"), (os, "fsync")]
 )
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
 def test_a_disk_that_refuses_gives_one_warning_and_leaves_nothing(

@@ -221,7 +221,7 @@ def test_a_disk_that_takes_nothing_is_one_warning(file, folder, fault, monkeypat
         def refuse(*_):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(calibration_file.os, "fsync" if fault == "full" else "replace", refuse)
+        monkeypatch.setattr(os, "fsync" if fault == "full" else "replace", refuse)
     kept = learned(file)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -241,7 +241,7 @@ def test_a_failed_save_leaves_the_one_before_whole(file, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_file.os, "fsync", refuse)
+        patch.setattr(os, "fsync", refuse)
         learned(file, factor=3.0).close()
     assert factor_of(file) == pytest.approx(2.0)
 

@@ -30,6 +30,7 @@ RULES = {
     "duetjax": Rule(ours=("duetjax.async_llm", "duetjax.config", "duetjax.llm")),
     "duetjax.config": Rule(),
     "duetjax.host": Rule(),
+    "duetjax.whole_file": Rule(),
     "duetjax.presets": Rule(),
     "duetjax.policy": Rule(ours=("duetjax.config",), theirs=("numpy",), never=CLOCKS),
     "duetjax.sim": Rule(ours=("duetjax.config", "duetjax.policy"), theirs=("numpy",)),
@@ -57,6 +58,7 @@ RULES = {
             "duetjax.checkpoint",
             "duetjax.policy.launch",
             "duetjax.policy.profiles",
+            "duetjax.whole_file",
         ),
         theirs=("jax", "numpy"),
     ),
@@ -78,7 +80,9 @@ RULES = {
         theirs=("jax", "numpy", "tqdm"),
     ),
     "duetjax.profile_files": Rule(ours=("duetjax.config", "duetjax.policy.profiles")),
-    "duetjax.calibration_file": Rule(ours=("duetjax.config", "duetjax.policy")),
+    "duetjax.calibration_file": Rule(
+        ours=("duetjax.config", "duetjax.policy", "duetjax.whole_file")
+    ),
     "duetjax.planning": Rule(
         ours=(
             "duetjax.calibration_file",
