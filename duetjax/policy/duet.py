@@ -4,6 +4,7 @@ DuetServe (arXiv 2511.04791), sections on scheduling and on the partition optimi
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -71,33 +72,28 @@ class Prospect:
         when decode can hardly wait. slo_ms: leaves out those that hardly matter then, the smallest
         one where decode meets the objective on some split, the others where it does on none.
         """
-        foresight, details = self._foresight, self._details
-        decode = self._sizes.bucket(Program.DECODE, self._rows), self._decoding
-        decode_ms = foresight.decode_ms(decode, details.split)
+        foresight, split, bucket = self._foresight, self._details.split, self._sizes.bucket
+        decode = bucket(Program.DECODE, self._rows), self._decoding
+        decode_ms, whole_decode_ms = foresight.decode_ms(decode, split)
         mixed_tokens = min(self._sizes.budget, self._rows + self._prompt_tokens)
         tokens = self._prefill_sizes(longest_ms / mixed_ms * mixed_tokens)
         if slo_ms is not None:
-            is_met = min(decode_ms, default=inf) <= slo_ms
-            tokens = tokens[-PREFILL_SIZES:] if is_met else tokens[:1]
-        launches = [
-            (self._sizes.bucket(Program.PREFILL, size), self._prompts.first(size))
-            for size in tokens
-        ]
+            tokens = tokens[-PREFILL_SIZES:] if _is_met(decode_ms, slo_ms) else tokens[:1]
+        launches = [(bucket(Program.PREFILL, size), self._prompts.first(size)) for size in tokens]
         return Candidates(
-            rows=self._rows,
-            splits=foresight.splits if details.split is None else (details.split,),
-            decode_ms=decode_ms,
-            prefill_tokens=tokens,
-            prefill_ms=foresight.prefill_ms(launches, details.split),
-            whole_decode_ms=foresight.whole_ms(Program.DECODE, *decode),
+            self._rows,
+            foresight.splits if split is None else (split,),
+            decode_ms,
+            tokens,
+            foresight.prefill_ms(launches, split),
+            whole_decode_ms,
         )
 
     def choose(self, within: Bounds, mixed_ms: float, previous: Split | None) -> Choice:
         """The best of the candidates: of all of them where those that matter are too long."""
         found = self.candidates(within.max_prefill_ms, mixed_ms, within.tbt_slo_ms)
         choice = choose(found, within, previous)
-        is_met = min(found.decode_ms, default=inf) <= within.tbt_slo_ms
-        if choice.outcome is Outcome.SPLIT or not is_met:
+        if choice.outcome is Outcome.SPLIT or not _is_met(found.decode_ms, within.tbt_slo_ms):
             return choice
         return choose(self.candidates(within.max_prefill_ms, mixed_ms), within, previous)
 
@@ -106,6 +102,10 @@ class Prospect:
         sizes = (*buckets[: bisect_left(buckets, total)], total)
         end = bisect_right(sizes, most_tokens)
         return sizes[:1] + sizes[max(1, end - PREFILL_SIZES) : end]
+
+
+def _is_met(decode_ms: Sequence[float], slo_ms: float) -> bool:
+    return min(decode_ms, default=inf) <= slo_ms
 
 
 def bounds(sizes: Sizes, details: Details, tbt_slo_ms: float) -> Bounds:

@@ -73,27 +73,23 @@ class Foresight:
         parts = self._roofline.parts(program, bucket, rows)
         return self._roofline.ms(parts, self._whole) * self.calibration.factor(Lane.WHOLE, program)
 
-    def decode_ms(self, decode: Launched, split: Split | None = None) -> list[float]:
-        """Milliseconds of a decode step beside prefill, on each of `splits` or on one."""
+    def decode_ms(self, decode: Launched, split: Split | None = None) -> tuple[list[float], float]:
+        """Milliseconds of a decode step on each of `splits`, or on one, and on the whole device."""
         units, _ = self._units if split is None else self._beside[split]
-        steps = self._roofline.each_ms(self._roofline.parts(Program.DECODE, *decode), units)
-        factor = self.calibration.factor(Lane.DECODE, Program.DECODE)
-        return [step * factor for step in steps]
+        roofline, factor = self._roofline, self.calibration.factor
+        parts = roofline.parts(Program.DECODE, *decode)
+        beside = roofline.each_ms(parts, units, factor(Lane.DECODE, Program.DECODE))
+        return beside, roofline.ms(parts, self._whole) * factor(Lane.WHOLE, Program.DECODE)
 
     def prefill_ms(
         self, prefills: Sequence[Launched], split: Split | None = None
     ) -> Callable[[int], list[float]]:
         """Milliseconds of prefill launches beside decode, when asked for by a split's index."""
         _, units = self._units if split is None else self._beside[split]
-        ms, parts = self._roofline.ms, self._roofline.parts
+        parts, steps_ms = self._roofline.parts, self._roofline.steps_ms
         launches = [parts(Program.PREFILL, *prefill) for prefill in prefills]
         factor = self.calibration.factor(Lane.PREFILL, Program.PREFILL)
-
-        def on_split(s: int) -> list[float]:
-            unit = units[s]
-            return [ms(launch, unit) * factor for launch in launches]
-
-        return on_split
+        return lambda s: steps_ms(launches, units[s], factor)
 
     def _raw_ms(self, step: Step) -> float:
         rows = self._roofline.rows(step.new, step.cached)

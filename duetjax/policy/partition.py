@@ -166,24 +166,26 @@ def _feasible(
     """
     cells: list[_Cell] = []
     rows, max_k, best, fastest = candidates.rows, bounds.max_k, 0.0, math.inf
+    enough, enough_to_keep = 0.0, 0.0
     sizes = _sizes(candidates, bounds)
     for s, decode_ms in enumerate(candidates.decode_ms):
         if not 0 < decode_ms <= longest_ms:
             continue
-        decoded = rows / decode_ms
-        enough = best * _TIED / (1 + bounds.hysteresis if s == kept else 1)
-        if decoded + fastest < enough:
+        decoded, least = rows / decode_ms, enough_to_keep if s == kept else enough
+        if decoded + fastest < least:
             continue
-        fastest, cores = 0.0, candidates.splits[s].decode
+        fastest = 0.0
         for (tokens, allowed_ms), prefill_ms in zip(sizes, candidates.prefill_ms(s), strict=True):
             prefilled = tokens / prefill_ms if prefill_ms > 0 else math.inf  # nobody knows
             if prefilled > fastest:
                 fastest = prefilled
-            if decoded + prefilled >= enough and 0 < prefill_ms <= allowed_ms:
+            if decoded + prefilled >= least and 0 < prefill_ms <= allowed_ms:
                 rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, max_k)
-                if rate > best:
-                    best = rate
+                cores = candidates.splits[s].decode
                 cells.append((rate, cores, tokens, k, s, decode_ms, prefill_ms))
+                if rate > best:
+                    best, enough = rate, rate * _TIED
+                    enough_to_keep = enough / (1 + bounds.hysteresis)
     return cells
 
 

@@ -106,7 +106,8 @@ class Roofline:
         if not is_whole or (index.size and not 1 <= index.min() <= index.max() <= most):
             raise ValueError(f"cores must be a row of integers from 1 to {most}, not {index}")
         parts = self.parts(program, bucket, self.rows(new, cached))
-        return np.array(self.each_ms(parts, [self.per_unit(n, contended) for n in index.tolist()]))
+        units = [self.per_unit(n, contended) for n in index.tolist()]
+        return np.array(self.each_ms(parts, units, 1.0))
 
     def rows(self, new: ArrayLike, cached: ArrayLike) -> "Rows":
         """What rows of a step have to do; arguments and errors as in `step_ms`."""
@@ -140,7 +141,7 @@ class Roofline:
 
     def prompts(self, prompts: Sequence[tuple[int, int]], most: int) -> "Prompts":
         """Prompts, given as (start, left), as far as the first `most` of their tokens go."""
-        return Prompts(self._row, prompts, most)
+        return Prompts(self._work, prompts, most, by_row=self._by_row)
 
     def parts(self, program: Program, bucket: int, rows: "Rows") -> Parts:
         """FLOPs and bytes of the parts of one step: the program, then attention.
@@ -168,24 +169,43 @@ class Roofline:
             ms += computing if computing > moving else moving
         return ms
 
-    def each_ms(self, parts: Parts, units: Sequence[tuple[float, float]]) -> list[float]:
-        """`ms` for each of some `per_unit`; the two parts of a usual step without a loop over them.
+    def each_ms(
+        self, parts: Parts, units: Sequence[tuple[float, float]], factor: float
+    ) -> list[float]:
+        """`ms` of one step for each of some `per_unit`, times a factor.
 
-        A decision asks for all splits at once, and this is a tenth of its time.
+        A decision asks for all splits at once: this and the next are a fifth of its time, so the
+        two parts of a usual step are written out.
         """
-        if len(parts) != 2:
-            return [self.ms(parts, unit) for unit in units]
+        if self._by_row:
+            return [self.ms(parts, unit) * factor for unit in units]
         launch_ms, [(f, b), (more_f, more_b)] = self._launch_ms, parts
         return [
-            launch_ms
-            + (x if (x := f * per_flop) > (y := b * per_byte) else y)
-            + (x if (x := more_f * per_flop) > (y := more_b * per_byte) else y)
+            factor
+            * (
+                launch_ms
+                + (x if (x := f * per_flop) > (y := b * per_byte) else y)
+                + (x if (x := more_f * per_flop) > (y := more_b * per_byte) else y)
+            )
             for per_flop, per_byte in units
         ]
 
-    def _row(self, new: int, cached: int) -> "Rows":
-        flops, moved = self._work(float(new), float(cached))
-        return Rows(new, flops, moved, ((flops, moved),) if self._by_row else ())
+    def steps_ms(
+        self, steps: Sequence[Parts], per_unit: tuple[float, float], factor: float
+    ) -> list[float]:
+        """`ms` of each of some steps, times a factor."""
+        if self._by_row:
+            return [self.ms(parts, per_unit) * factor for parts in steps]
+        launch_ms, (per_flop, per_byte) = self._launch_ms, per_unit
+        return [
+            factor
+            * (
+                launch_ms
+                + (x if (x := f * per_flop) > (y := b * per_byte) else y)
+                + (x if (x := more_f * per_flop) > (y := more_b * per_byte) else y)
+            )
+            for (f, b), (more_f, more_b) in steps
+        ]
 
     def _work[N: (float, Floats)](self, q: N, c: N) -> tuple[N, N]:
         """FLOPs and bytes of a row's attention over all layers, or of each row's.
@@ -213,48 +233,60 @@ class Rows(NamedTuple):
     num_bytes: float
     each: tuple[tuple[float, float], ...] = ()
 
-    def plus(self, more: "Rows") -> "Rows":
-        """These rows and more of them."""
-        tokens, flops, num_bytes, each = more
-        return Rows(
-            self.tokens + tokens,
-            self.flops + flops,
-            self.num_bytes + num_bytes,
-            self.each + each,
-        )
-
 
 NO_ROWS = Rows(0, 0.0, 0.0)
 
 
 class Prompts:
-    """The work of what is left of some prompts, summed up prompt by prompt; see `Roofline`."""
+    """The work of what is left of some prompts, summed up prompt by prompt; see `Roofline`.
+
+    work: FLOPs and bytes of one row's attention, from its new and its cached tokens. by_row:
+    whether the estimator needs every row's.
+    """
 
     def __init__(
-        self, row: Callable[[int, int], Rows], prompts: Sequence[tuple[int, int]], most: int
+        self,
+        work: Callable[[float, float], tuple[float, float]],
+        prompts: Sequence[tuple[int, int]],
+        most: int,
+        *,
+        by_row: bool,
     ) -> None:
-        self._row = row
+        self._work = work
         self._prompts = prompts
+        self._by_row = by_row
         self._before = [0]
-        self._sums = [NO_ROWS]
-        before, rows = 0, NO_ROWS
+        self._sums = [(0.0, 0.0)]
+        before, flops, num_bytes = 0, 0.0, 0.0
         for start, left in prompts:
             before += left
             if before > most:
                 break
-            rows = rows.plus(row(left, start))
+            more, moved = work(left, start)
+            flops, num_bytes = flops + more, num_bytes + moved
             self._before.append(before)
-            self._sums.append(rows)
+            self._sums.append((flops, num_bytes))
 
     def first(self, tokens: int, beside: Rows = NO_ROWS) -> Rows:
         """The first tokens of them, or all if there are fewer, `beside` other rows."""
+        new, flops, num_bytes, each = beside
         whole = bisect(self._before, tokens) - 1
-        rows, rest = self._sums[whole], tokens - self._before[whole]
-        if beside is not NO_ROWS:
-            rows = beside.plus(rows)
-        if rest and whole < len(self._prompts):
-            rows = rows.plus(self._row(rest, self._prompts[whole][0]))
-        return rows
+        count, (more, moved) = self._before[whole], self._sums[whole]
+        flops, num_bytes = flops + more, num_bytes + moved
+        if count < tokens and whole < len(self._prompts):
+            more, moved = self._work(tokens - count, self._prompts[whole][0])
+            count, flops, num_bytes = tokens, flops + more, num_bytes + moved
+        if self._by_row:
+            each += self._each(tokens)
+        return Rows(new + count, flops, num_bytes, each)
+
+    def _each(self, tokens: int) -> tuple[tuple[float, float], ...]:
+        each, rest = [], tokens
+        for start, left in self._prompts:
+            if rest > 0:
+                each.append(self._work(min(left, rest), start))
+            rest -= left
+        return tuple(each)
 
 
 class _Curve:
