@@ -34,14 +34,20 @@ def write_kv(
 
 
 def decode_attention(
-    q: jax.Array, pages: jax.Array, page_table: jax.Array, lengths: jax.Array
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    longest: int | None = None,
 ) -> jax.Array:
     """Attention of one query per row over that row's pages.
 
     q [B, H, D]; pages [P, K, 2, S, D]; page_table [B, M] int32; lengths [B] int32: keys visible
-    to the row, its own included, at least 1. Returns [B, H, D] in q's dtype.
+    to the row, its own included, at least 1; longest: keys to visit, by default the most that a
+    row sees. Returns [B, H, D] in q's dtype.
     """
-    return _walk(q[:, None], pages, page_table, lengths - 1)[:, 0]
+    seen = jnp.max(lengths) if longest is None else longest
+    return _walk(q[:, None], pages, page_table, lengths - 1, seen)[:, 0]
 
 
 def prefill_attention(
@@ -50,13 +56,14 @@ def prefill_attention(
     page_table: jax.Array,
     row_offsets: jax.Array,
     cached_lengths: jax.Array,
+    longest: int | None = None,
 ) -> jax.Array:
     """Causal attention of packed rows over their pages, which hold the new keys already.
 
     q [T, H, D]: row r's queries are q[row_offsets[r]:row_offsets[r + 1]], at positions from
     cached_lengths[r] on; pages [P, K, 2, S, D]; page_table [R, M]; row_offsets [R + 1];
-    cached_lengths [R], int32. Queries behind the last row get finite values without meaning.
-    Returns [T, H, D] in q's dtype.
+    cached_lengths [R], int32; longest: as in `decode_attention`. Queries behind the last row get
+    finite values without meaning. Returns [T, H, D] in q's dtype.
     """
     T, R = q.shape[0], page_table.shape[0]
     counts = row_offsets[1:] - row_offsets[:-1]
@@ -70,8 +77,9 @@ def prefill_attention(
     source = jnp.clip(row_offsets[row, None] + first[:, None] + jnp.arange(TILE), 0, T - 1)
     surplus = tile >= tile_ends[-1]
     start = jnp.where(surplus, 0, cached_lengths[row] + first)
-    longest = jnp.where(surplus, 0, jnp.minimum(first + TILE, counts[row]) + cached_lengths[row])
-    out = _walk(q[source], pages, page_table[row], start, jnp.max(longest))
+    seen = jnp.where(surplus, 0, jnp.minimum(first + TILE, counts[row]) + cached_lengths[row])
+    keys = jnp.maximum(jnp.max(seen), 1) if longest is None else longest
+    out = _walk(q[source], pages, page_table[row], start, keys)
 
     token = jnp.arange(T)
     row = jnp.minimum(jnp.searchsorted(row_offsets[1:], token, side="right"), R - 1)
@@ -86,12 +94,12 @@ def _walk(
     pages: jax.Array,
     page_table: jax.Array,
     start: jax.Array,
-    longest: jax.Array | None = None,
+    longest: jax.Array | int,
 ) -> jax.Array:
     """Flash attention of tiles of consecutive queries (Dao 2022, online softmax).
 
     q [N, Q, H, D], query i of tile n at position start[n] + i and seeing keys up to itself;
-    page_table [N, M]; start [N]; longest: keys to visit, by default all that a query sees.
+    page_table [N, M]; start [N]; longest: keys to visit, from 1.
     """
     N, Q, H, D = q.shape
     K, S = pages.shape[1], pages.shape[3]
@@ -100,7 +108,6 @@ def _walk(
     rows = q.reshape(N, Q, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(N, K, -1, D)
     rows = rows.astype(jnp.float32) * D**-0.5
     seen = jnp.tile(start[:, None] + jnp.arange(Q), (1, H // K))[:, None, :, None]
-    longest = jnp.max(start) + Q if longest is None else jnp.maximum(longest, 1)
 
     type Carry = tuple[jax.Array, jax.Array, jax.Array]
 

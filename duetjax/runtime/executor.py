@@ -33,26 +33,27 @@ class Prepared(NamedTuple):
     counts: tuple[tuple[int, np.ndarray], ...]
 
 
-class Intake:
-    """Turns launches into what programs take, in their order of submission."""
+class Inputs:
+    """What a launch brings its program beside the tables: arrays of the program's shapes."""
 
     def __init__(self, programs: Programs) -> None:
-        self._tables = HostTables(programs.slots)
         self._dummy_slot = programs.slots.num_slots
         self._buckets = programs.buckets
 
-    def prepare(self, launch: Launch) -> Prepared:
-        """Applies the launch's deltas. The tables are never written again."""
-        self._tables.apply(launch)
-        counts = [(new.slot, self._tables.counts(new)) for new in launch.admitted if new.history]
+    def of(self, launch: Launch) -> tuple[np.ndarray, ...]:
+        """The arrays, in the program's order."""
         decode = launch.program is Program.DECODE
-        inputs = self._decode_inputs(launch) if decode else self._prefill_inputs(launch)
-        return Prepared(launch, self._tables.tables(), inputs, tuple(counts))
+        return self._decode(launch) if decode else self._prefill(launch)
 
-    def _decode_inputs(self, launch: Launch) -> tuple[np.ndarray, ...]:
+    def padding(self, key: Key) -> tuple[np.ndarray, ...]:
+        """Those of no rows at all: the program runs and changes nothing."""
+        program, bucket = key
+        return self.of(Launch(0, program, bucket, ()))
+
+    def _decode(self, launch: Launch) -> tuple[np.ndarray, ...]:
         return (_padded(launch.slots, launch.bucket, self._dummy_slot),)
 
-    def _prefill_inputs(self, launch: Launch) -> tuple[np.ndarray, ...]:
+    def _prefill(self, launch: Launch) -> tuple[np.ndarray, ...]:
         rows = self._buckets.rows_of(launch.bucket)
         tokens = np.zeros(launch.bucket, np.int32)
         offsets, fed = [0], 0
@@ -72,6 +73,21 @@ class Intake:
             _padded(launch.slots, rows, self._dummy_slot),
             _padded(kinds, rows, RowKind.CHUNK),
         )
+
+
+class Intake:
+    """Turns launches into what programs take, in their order of submission."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._tables = HostTables(programs.slots)
+        self._inputs = Inputs(programs)
+
+    def prepare(self, launch: Launch) -> Prepared:
+        """Applies the launch's deltas. The tables are never written again."""
+        self._tables.apply(launch)
+        counts = [(new.slot, self._tables.counts(new)) for new in launch.admitted if new.history]
+        inputs = self._inputs.of(launch)
+        return Prepared(launch, self._tables.tables(), inputs, tuple(counts))
 
 
 class Chain:
@@ -151,14 +167,19 @@ class JaxDevice:
 
 def step_result(launch: Launch, block: ResultBlock) -> StepResult:
     """Waits for a step."""
+    top = np.asarray(block.top) if launch.wants_top else None
+    return read_step(launch, np.asarray(block.rows), top)
+
+
+def read_step(launch: Launch, rows: np.ndarray, top: np.ndarray | None) -> StepResult:
+    """A step from its `ResultBlock` on the host; top where the launch wants it."""
     num_rows = len(launch.slots)
-    rows = np.asarray(block.rows)[:num_rows]
-    top = np.asarray(block.top)[:num_rows] if launch.wants_top else None
+    rows = rows[:num_rows]
     return StepResult(
         tokens=rows[:, 0],
         flags=rows[:, 1],
         logprobs=_floats(rows[:, 2]),
-        top=() if top is None else tuple(_pairs(row) for row in top),
+        top=() if top is None else tuple(_pairs(row) for row in top[:num_rows]),
     )
 
 

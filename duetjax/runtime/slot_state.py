@@ -97,6 +97,10 @@ def _field(words: jax.Array, name: str) -> jax.Array:
     return columns if dtype.shape else columns[:, 0]
 
 
+type Row = tuple[str, int]
+"""A field of `SlotTables`, and a slot."""
+
+
 class HostTables:
     """The host's side of the slot state; `tables` uploads what has changed since it was last read.
 
@@ -112,33 +116,44 @@ class HostTables:
             "prompt_mask": np.zeros((rows, words), np.uint32),
             "allowed": np.full((rows, words), _ALL_ALLOWED),
         }
-        self._host["params"][:] = _row(SlotParams(0, SamplingParams(seed=0)))
+        idle = SamplingParams(temperature=0.0, seed=0)  # rows that only pad ask for no draws
+        self._host["params"][:] = _row(SlotParams(0, idle))
         self._device: dict[str, jax.Array] = {}
         self._stale = set(self._host)
 
-    def apply(self, launch: Launch) -> None:
-        """Takes over the launch's deltas."""
+    def apply(self, launch: Launch) -> list[Row]:
+        """Takes over the launch's deltas; the rows that they change."""
+        changed: dict[Row, None] = {}  # in order, each once
         for new in launch.admitted:
             self._host["params"][new.slot] = _row(new)
             self._host["page_table"][new.slot] = 0
-            self._stale |= {"params", "page_table"}
+            changed |= {("params", new.slot): None, ("page_table", new.slot): None}
             if new.history:
                 self._host["prompt_mask"][new.slot] = self._prompt_bits(new)
-                self._stale.add("prompt_mask")
+                changed["prompt_mask", new.slot] = None
         for slot, index, page in launch.pages:
             self._host["page_table"][slot, index] = page
-            self._stale.add("page_table")
+            changed["page_table", slot] = None
         for slot, limit in launch.limits:
             self._host["params"]["limit"][slot] = limit
-            self._stale.add("params")
+            changed["params", slot] = None
+        self._stale.update(name for name, _ in changed)
+        return list(changed)
+
+    def row(self, name: str, slot: int) -> np.ndarray:
+        """One row of a table; it is written again."""
+        return self._host[name][slot : slot + 1]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tables as programs take them; they are written again."""
+        params = self._host["params"].view(np.int32).reshape(self._shapes.rows, -1)
+        return {**self._host, "params": params}
 
     def tables(self) -> SlotTables:
         """The tables on the device."""
-        for name in self._stale:
-            table = self._host[name]
-            if name == "params":
-                table = table.view(np.int32).reshape(self._shapes.rows, -1)
-            self._device[name] = jax.device_put(table.copy())  # the copy is never written again
+        for name, table in self.arrays().items():
+            if name in self._stale:  # the copy is never written again
+                self._device[name] = jax.device_put(table.copy())
         self._stale.clear()
         return SlotTables(**self._device)
 

@@ -9,7 +9,7 @@
 #include "driver.h"
 #include "launcher.h"
 
-#define MAX_STAGED 256 /* copies of a lane that the host may have waiting */
+#define MAX_STAGED 1024 /* copies of a lane that the host may have waiting */
 #define MAX_COPIES 16  /* of a program, after each step */
 #define MAX_RESULTS 8
 

@@ -124,7 +124,23 @@ int duet_copy(duet_device *device, enum duet_lane lane, size_t split, duet_addre
     return duet_leave(device, copy(device, lane, split, (struct copy){dst, src, bytes}));
 }
 
-/* One step: the program, its results, and last the number that says it is done. */
+/* The end of a step: the number that says that everything before it has been done. */
+static int end_step(duet_device *device, struct lane *lane, drv_stream stream, size_t filled) {
+    uint64_t step = atomic_load(&lane->submitted) + 1;
+    lane->result_sizes[step % device->result_slots] = filled;
+    if (device->writes_counters) {
+        atomic_store(&lane->submitted, step); /* before the poller can see the number */
+        DRIVER_CALL(device, cuStreamWriteValue64, stream, lane->counter_address, step,
+                    DRV_STREAM_WRITE_DEFAULT);
+    } else { /* before it is recorded, the event tells of an older step */
+        DRIVER_CALL(device, cuEventRecord, lane->step_ends[(step - 1) % device->result_slots],
+                    stream);
+        atomic_store(&lane->submitted, step);
+    }
+    return DUET_OK;
+}
+
+/* One step: the program, its results, and its end. */
 static int enqueue_step(duet_program *program, struct lane *lane, drv_graph_exec graph,
                         drv_stream stream, unsigned num_results) {
     duet_device *device = program->device;
@@ -142,23 +158,52 @@ static int enqueue_step(duet_program *program, struct lane *lane, drv_graph_exec
                     program->results[i].bytes, stream);
         filled += program->results[i].bytes;
     }
-    lane->result_sizes[slot] = filled;
-    if (device->writes_counters) {
-        atomic_store(&lane->submitted, step); /* before the poller can see the number */
-        DRIVER_CALL(device, cuStreamWriteValue64, stream, lane->counter_address, step,
-                    DRV_STREAM_WRITE_DEFAULT);
-    } else { /* before it is recorded, the event tells of an older step */
-        DRIVER_CALL(device, cuEventRecord, lane->step_ends[(step - 1) % device->result_slots],
-                    stream);
-        atomic_store(&lane->submitted, step);
-    }
+    return end_step(device, lane, stream, filled);
+}
+
+static int check_room(const duet_device *device, enum duet_lane which, unsigned steps) {
+    const struct lane *lane = &device->lanes[which];
+    uint64_t kept = atomic_load(&lane->submitted) - atomic_load(&lane->released);
+    if (kept + steps > device->result_slots)
+        return duet_fail(DUET_BUSY, "results of %llu steps have not been released",
+                         (unsigned long long)kept);
     return DUET_OK;
+}
+
+/* Part of a step may run, without its copies: the lane's state is nobody's guess. */
+static int fatal(duet_device *device) {
+    duet_die(device, duet_last_error());
+    return duet_fail(DUET_DEAD, "the device has failed: %s", device->why);
+}
+
+static int fence(duet_device *device, enum duet_lane which, size_t split, uint64_t *step) {
+    drv_stream stream;
+    int status = check_lane(device, which, split);
+    if (status == DUET_OK)
+        status = check_room(device, which, 1);
+    if (status == DUET_OK)
+        status = move_to(device, which, split, &stream);
+    if (status != DUET_OK)
+        return status;
+    struct lane *lane = &device->lanes[which];
+    if (end_step(device, lane, stream, 0) != DUET_OK)
+        return fatal(device);
+    *step = atomic_load(&lane->submitted);
+    return DUET_OK;
+}
+
+int duet_fence(duet_device *device, enum duet_lane lane, size_t split, uint64_t *step) {
+    int status = duet_enter(device);
+    if (status != DUET_OK)
+        return status;
+    status = fence(device, lane, split, step);
+    duet_completion_work(device);
+    return duet_leave(device, status);
 }
 
 static int check_launch(const duet_program *program, enum duet_lane which, size_t split,
                         unsigned steps, unsigned num_results) {
     const duet_device *device = program->device;
-    const struct lane *lane = &device->lanes[which];
     if (!program->is_built[split * DUET_LANES + which])
         return duet_fail(DUET_STATE, "the program has not been built for lane %d of split %zu",
                          (int)which, split);
@@ -168,11 +213,7 @@ static int check_launch(const duet_program *program, enum duet_lane which, size_
     if (steps == 0 || steps > device->result_slots)
         return duet_fail(DUET_INVALID, "a launch has 1 to %u steps, not %u", device->result_slots,
                          steps);
-    uint64_t kept = atomic_load(&lane->submitted) - atomic_load(&lane->released);
-    if (kept + steps > device->result_slots)
-        return duet_fail(DUET_BUSY, "results of %llu steps have not been released",
-                         (unsigned long long)kept);
-    return DUET_OK;
+    return check_room(device, which, steps);
 }
 
 static int launch(duet_program *program, enum duet_lane which, size_t split, unsigned steps,
@@ -190,11 +231,8 @@ static int launch(duet_program *program, enum duet_lane which, size_t split, uns
     drv_graph_exec graph = program->graphs[split * DUET_LANES + which];
     for (unsigned i = 0; i < steps; i++) {
         status = enqueue_step(program, lane, graph, stream, num_results);
-        if (status != DUET_OK) {
-            /* Part of a step may run, without its copies: the lane's state is nobody's guess. */
-            duet_die(device, duet_last_error());
-            return duet_fail(DUET_DEAD, "the device has failed: %s", device->why);
-        }
+        if (status != DUET_OK)
+            return fatal(device);
     }
     *last = atomic_load(&lane->submitted);
     atomic_store(&program->last_step[which], *last);

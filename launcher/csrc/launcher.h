@@ -130,6 +130,10 @@ int duet_copy(duet_device *device, enum duet_lane lane, size_t split, duet_addre
 /* ... and waiting for everything that the other lane has been given so far. */
 int duet_lane_wait(duet_device *device, enum duet_lane waiter, size_t split);
 
+/* A step that does nothing: once it has completed, so has whatever the lane was given before, and
+ * the room of copies from the host is free again. It takes a slot of the ring like any other. */
+int duet_fence(duet_device *device, enum duet_lane lane, size_t split, uint64_t *step);
+
 /* Number of the lane's last completed step. */
 int duet_completed(duet_device *device, enum duet_lane lane, uint64_t *step);
 int duet_wait(duet_device *device, enum duet_lane lane, uint64_t step, int64_t timeout_ns);

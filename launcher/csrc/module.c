@@ -257,6 +257,16 @@ static PyObject *device_lane_wait(PyObject *self, PyObject *args) {
     return none_or_raise(self, status);
 }
 
+static PyObject *device_fence(PyObject *self, PyObject *args) {
+    int lane, status;
+    Py_ssize_t split;
+    uint64_t step;
+    if (!PyArg_ParseTuple(args, "in:fence", &lane, &split))
+        return NULL;
+    UNLOCKED(status = duet_fence(device_of(self), (enum duet_lane)lane, (size_t)split, &step))
+    return status == DUET_OK ? PyLong_FromUnsignedLongLong(step) : none_or_raise(self, status);
+}
+
 static PyObject *device_completed(PyObject *self, PyObject *args) {
     int lane;
     uint64_t step;
@@ -323,6 +333,8 @@ static PyMethodDef device_methods[] = {
      "copy(lane, split, dst, src, bytes): a copy on the device before the lane's next launch."},
     {"lane_wait", device_lane_wait, METH_VARARGS,
      "lane_wait(lane, split): the lane's next work waits for what the other one has been given."},
+    {"fence", device_fence, METH_VARARGS,
+     "fence(lane, split) -> number of a step that completes with whatever came before it."},
     {"completed", device_completed, METH_VARARGS,
      "completed(lane) -> number of the last step that has completed; 0 before the first."},
     {"wait", device_wait, METH_VARARGS,
@@ -540,13 +552,27 @@ static PyType_Spec program_spec = {"duetjax._launcher.Program", sizeof(program_o
 
 /* module */
 
+static int parse_address(PyObject *item, void *into) {
+    *(duet_address *)into = PyLong_AsUnsignedLongLong(item);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 static PyObject *begin_capture(PyObject *module, PyObject *args) {
     long long id;
     unsigned long long stream;
+    PyObject *sequence = NULL;
+    size_t count = 0;
     int status;
-    if (!PyArg_ParseTuple(args, "LK:begin_capture", &id, &stream))
+    if (!PyArg_ParseTuple(args, "LK|O:begin_capture", &id, &stream, &sequence))
         return NULL;
-    UNLOCKED(status = duet_capture_begin(id, (void *)(uintptr_t)stream, NULL, 0))
+    duet_address *outputs = NULL;
+    if (sequence != NULL) {
+        outputs = parse_sequence(sequence, sizeof *outputs, &count, parse_address);
+        if (outputs == NULL)
+            return NULL;
+    }
+    UNLOCKED(status = duet_capture_begin(id, (void *)(uintptr_t)stream, outputs, count))
+    PyMem_Free(outputs);
     return status == DUET_OK ? Py_NewRef(Py_None) : raise(PyModule_GetState(module), status);
 }
 
@@ -561,7 +587,8 @@ static PyObject *end_capture(PyObject *module, PyObject *args) {
 
 static PyMethodDef functions[] = {
     {"begin_capture", begin_capture, METH_VARARGS,
-     "begin_capture(program, stream): what the marker does, for kernels launched by hand."},
+     "begin_capture(program, stream, outputs=()): what the marker does, for kernels launched by"
+     " hand. outputs: addresses."},
     {"end_capture", end_capture, METH_VARARGS, "end_capture(program): ends such a capture."},
     {NULL, NULL, 0, NULL},
 };

@@ -83,6 +83,7 @@ static void build_and_launch(duet_program *program) {
         took(duet_launch(program, lane, 1, 3, 1, &last[lane]));
         took(duet_copy(device, lane, 2, area + 512, area, 8));
         took(duet_lane_wait(device, !lane, 3));
+        took(duet_fence(device, lane, 3, &last[lane]));
         took(duet_launch(program, lane, 2, 2, 1, &last[lane]));
     }
     fake_drain(failing);

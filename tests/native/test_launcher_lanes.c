@@ -159,6 +159,53 @@ static void a_copy_larger_than_the_ring_is_refused(void) {
     OK(duet_copy_in(device, DUET_PREFILL, 1, cells + 8, bytes, 1)); /* a ring for each lane */
 }
 
+static void a_fence_makes_room_for_more_copies_and_changes_nothing(void) {
+    static unsigned char bytes[4096];
+    uint64_t fence = 0, value = 7;
+    prepare();
+    OK(duet_copy_in(device, DUET_DECODE, 1, cells + 8, bytes, 4000));
+    IS(BUSY, duet_copy_in(device, DUET_DECODE, 1, cells, &value, 200));
+    OK(duet_fence(device, DUET_DECODE, 2, &fence));
+    CHECK(fence == 1);
+    IS(BUSY, duet_copy_in(device, DUET_DECODE, 1, cells, &value, 200)); /* it has not completed */
+    settle(DUET_DECODE, fence, 1);
+    OK(duet_copy_in(device, DUET_DECODE, 1, cells, &value, 8));
+    CHECK(launch(chains[0], DUET_DECODE, 1, 1) == 2);
+    settle(DUET_DECODE, 2, 1);
+    CHECK(value_of(cells) == 7 * 31 + 1);
+}
+
+static void a_fence_comes_after_what_the_lane_was_given_on_any_split(void) {
+    prepare();
+    for (uint64_t seed = 0; seed < 50; seed++) {
+        uint64_t fence = 0;
+        set_value(cells, 0);
+        launch(chains[1], DUET_PREFILL, seed % SPLITS, 2);
+        OK(duet_fence(device, DUET_PREFILL, (seed + 1) % SPLITS, &fence));
+        settle(DUET_PREFILL, fence, seed);
+        CHECK(value_of(cells) == 2 * 31 + 2);
+    }
+}
+
+static void fences_take_slots_like_other_steps(void) {
+    uint64_t fence = 0, slots = 0;
+    const void *data;
+    size_t bytes = 9;
+    prepare();
+    while (duet_fence(device, DUET_DECODE, 1, &fence) == DUET_OK)
+        slots++;
+    CHECK(slots == fence && slots > 1);
+    IS(BUSY, duet_fence(device, DUET_DECODE, 1, &fence));
+    fake_drain(1);
+    OK(duet_wait(device, DUET_DECODE, 1, SOON));
+    OK(duet_result(device, DUET_DECODE, 1, &data, &bytes));
+    CHECK(bytes == 0);
+    OK(duet_release(device, DUET_DECODE, 1));
+    OK(duet_fence(device, DUET_DECODE, 1, &fence));
+    REFUSED(INVALID, "lane", duet_fence(device, DUET_LANES, 1, &fence));
+    REFUSED(INVALID, "split", duet_fence(device, DUET_DECODE, SPLITS, &fence));
+}
+
 static void wrong_copies_are_refused(void) {
     unsigned char byte = 1;
     prepare();
@@ -278,6 +325,9 @@ SUITE(lane_tests,
       TEST(copies_keep_their_place_between_launches_over_all_splits),
       TEST(ten_thousand_copies_of_random_sizes_come_through_the_ring),
       TEST(a_copy_larger_than_the_ring_is_refused),
+      TEST(a_fence_makes_room_for_more_copies_and_changes_nothing),
+      TEST(a_fence_comes_after_what_the_lane_was_given_on_any_split),
+      TEST(fences_take_slots_like_other_steps),
       TEST(wrong_copies_are_refused),
       TEST(a_lane_that_waits_comes_after_all_that_the_other_had),
       TEST(a_wait_is_not_for_what_the_other_lane_is_given_later),

@@ -32,6 +32,7 @@ static void a_closed_device_answers_every_call_with_a_state(void) {
     REFUSED(STATE, "clos", duet_copy(device, DUET_DECODE, 1, cell, cell + 8, 8));
     REFUSED(STATE, "clos", duet_copy_in(device, DUET_DECODE, 1, cell, &number, 8));
     REFUSED(STATE, "clos", duet_lane_wait(device, DUET_DECODE, 1));
+    REFUSED(STATE, "clos", duet_fence(device, DUET_DECODE, 1, &number));
     REFUSED(STATE, "clos", duet_completed(device, DUET_DECODE, &number));
     REFUSED(STATE, "clos", duet_wait(device, DUET_DECODE, 1, 0));
     REFUSED(STATE, "clos", duet_result(device, DUET_DECODE, 1, &data, &bytes));

@@ -1,0 +1,260 @@
+"""Records every program of an engine for the lanes of a GPU, and builds it on the GPU's splits.
+
+In this order: allocate, run each program once, record it, check that nothing it addresses can move
+or is written by both lanes, build it on one split after another. After that XLA runs nothing.
+
+A recording goes on using the memory of XLA's temporaries when XLA has taken that back. So memory as
+large as the largest is held in its place, one piece per kind of program: the largest program is
+recorded first, and before each next one the piece is let go and taken again. Whether that came out
+right is not assumed but checked. Mixed launches use the prefill lane's piece, as they run when that
+lane is idle.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duetjax.policy.launch import Lane, Program, Split
+from duetjax.runtime.cuda_lanes import Recordings, Replay, Table, number_of
+from duetjax.runtime.executor import Executables, Inputs
+from duetjax.runtime.programs import DeviceState, Key, Leaves, Programs, Upkeep
+from duetjax.runtime.slot_state import HostTables, SlotTables
+
+try:
+    import duetjax._launcher as _launcher
+except ImportError:  # installed where there was no C compiler
+    _launcher = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from duetjax._launcher import Device
+    from duetjax._launcher import Program as Recording
+
+_log = logging.getLogger(__name__)
+
+_ANY = 0
+"""The marker's number of every program: one is recorded at a time."""
+
+type Range = tuple[int, int, bool]
+type Progress = Callable[[int, int], None]
+
+
+class Memory(Protocol):
+    """Makes arrays on the device."""
+
+    def put(self, values: np.ndarray) -> jax.Array:
+        """A copy of host values, complete."""
+
+    def holder(self, num_bytes: int) -> Callable[[], jax.Array]:
+        """What takes so much memory whenever it is called; ready to run."""
+
+
+class XlaMemory:
+    """XLA's own."""
+
+    def put(self, values: np.ndarray) -> jax.Array:
+        """See `Memory`."""
+        array: jax.Array = jax.block_until_ready(jax.device_put(values))
+        return array
+
+    def holder(self, num_bytes: int) -> Callable[[], jax.Array]:
+        """See `Memory`; compiled here and now."""
+        filled = jax.jit(lambda: jnp.zeros((num_bytes,), jnp.uint8)).lower().compile()
+        return lambda: jax.block_until_ready(filled())
+
+
+class _Capture(NamedTuple):
+    """A recorded program, and the arrays that are its lane's own. temporaries: bytes."""
+
+    lane: Lane
+    key: Key
+    recording: "Recording"
+    inputs: tuple[jax.Array, ...]
+    outputs: tuple[jax.Array, ...]
+    temporaries: int
+
+
+class Recorder:
+    """Records the programs of one engine on one device of the launcher's.
+
+    temporaries: bytes that each program needs while it runs.
+    """
+
+    def __init__(
+        self,
+        device: "Device",
+        programs: Programs,
+        executables: Executables,
+        weights: Leaves,
+        temporaries: Mapping[Key, int],
+        memory: Memory,
+    ) -> None:
+        self._device = device
+        self._executables = executables
+        self._weights = weights
+        self._temporaries = temporaries
+        self._memory = memory
+        self._inputs = Inputs(programs)
+        self._keys = list(programs.buckets)
+        self._host_tables = HostTables(programs.slots)
+        tables = self._host_tables.arrays()
+        self._tables = SlotTables(**{name: memory.put(table) for name, table in tables.items()})
+        self._state: DeviceState = executables[Upkeep.ALLOCATE]()
+        own = self._state.progress
+        self._progress: dict[Lane, jax.Array] = {
+            Lane.DECODE: own,
+            Lane.PREFILL: memory.put(np.asarray(own)),
+        }
+        self._holds: dict[Program, list[jax.Array]] = {kind: [] for kind in Program}
+
+    def record(self, splits: Mapping[Split, int], built: Progress) -> Recordings:
+        """Everything recorded, checked and built, on as many splits as memory has room for.
+
+        splits: the launcher's numbers, in ascending order, the most useful one first; none: lanes
+        share the device. built: told how many graphs have been built, of how many.
+        Raises `Unsafe` for a program whose replay would not be what XLA ran.
+        """
+        for key in self._keys:
+            self._run(key, Lane.DECODE, self._padding(key))
+        captures = [
+            *self._record_kind(Program.DECODE, (Lane.DECODE,)),
+            *self._record_kind(Program.PREFILL, (Lane.WHOLE, Lane.PREFILL)),
+        ]
+        self._check(captures)
+        usable = self._build(captures, splits, built)
+        replays = {
+            (capture.lane, capture.key): Replay(capture.recording, _addresses(capture.inputs))
+            for capture in captures
+        }
+        whole = {
+            (Lane.WHOLE, key): each for (lane, key), each in replays.items() if lane is Lane.DECODE
+        }
+        return Recordings(
+            device=self._device,
+            of=replays | whole,
+            splits=usable,
+            tables={name: _table(array) for name, array in self._tables._asdict().items()},
+            host_tables=self._host_tables,
+            counts=_table(self._state.counts),
+            progress={lane: _table(array) for lane, array in self._progress.items()},
+            kept=(self._weights, self._state, self._tables, self._progress, self._holds),
+        )
+
+    def _own(self, lane: Lane) -> jax.Array:
+        """The progress that a lane's programs read, and write back after each step."""
+        return self._progress[Lane.PREFILL if lane is Lane.PREFILL else Lane.DECODE]
+
+    def _padding(self, key: Key) -> tuple[jax.Array, ...]:
+        return tuple(map(self._memory.put, self._inputs.padding(key)))
+
+    def _run(self, key: Key, lane: Lane, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Runs a program on padding, which changes nothing; all that it puts out, in order."""
+        kv, counts, own = self._state
+        run = self._executables[key]
+        new, block = run(self._weights, kv, counts, self._own(lane), self._tables, *inputs)
+        self._state = new._replace(progress=own)
+        outputs: list[jax.Array] = jax.block_until_ready(jax.tree.leaves((new, block)))
+        return outputs
+
+    def _record_kind(self, kind: Program, lanes: Sequence[Lane]) -> list[_Capture]:
+        """The programs of a kind, the largest first, with one piece of memory held for all."""
+        size = self._temporaries
+        keys = sorted((key for key in self._keys if key[0] is kind), key=size.__getitem__)[::-1]
+        take = self._memory.holder(size[keys[0]]) if size[keys[0]] else None
+        captures, held = [], self._holds[kind]
+        for key in keys:
+            for lane in lanes:
+                held.clear()
+                captures.append(self._capture(key, lane))
+                if take is not None:
+                    held.append(take())
+        return captures
+
+    def _capture(self, key: Key, lane: Lane) -> _Capture:
+        inputs = self._padding(key)
+        in_place = _addresses([*self._state.kv, self._state.counts])
+        gc.collect()  # nothing is given back to XLA while it is being recorded
+        self._device.arm(_ANY)
+        try:
+            outputs = self._run(key, lane, inputs)
+            kept = (self._executables[key], inputs, outputs[len(in_place) :])
+            recording = self._device.take(_ANY, kept)
+        except BaseException:
+            with suppress(_launcher.LauncherError):
+                self._device.abort()
+            raise
+        seen = recording.outputs
+        if seen != _addresses(outputs) or seen[: len(in_place)] != in_place:
+            raise _launcher.Unsafe(f"{_name(key)}: pages or counts are not updated in place")
+        progress, rows, top = outputs[len(in_place) :]
+        own = self._own(lane)
+        recording.add_copy(_address(own), _address(progress), own.nbytes)
+        recording.add_result(_address(rows), rows.nbytes)
+        recording.add_result(_address(top), top.nbytes)
+        return _Capture(lane, key, recording, inputs, (progress, rows, top), self._temporaries[key])
+
+    def _check(self, captures: Sequence[_Capture]) -> None:
+        """Every address is kept, and lanes share only what they may."""
+        shared = jax.tree.leaves((self._weights, self._state.kv, self._state.counts, self._tables))
+        for capture in captures:
+            try:
+                capture.recording.check(self._ranges(shared, capture))
+            except _launcher.Unsafe:  # it has run in memory beside that which is held
+                take = self._memory.holder(capture.temporaries)
+                self._holds[capture.key[0]].append(take())
+                capture.recording.check(self._ranges(shared, capture))
+        for one in captures:
+            for other in captures:
+                if (one.lane, other.lane) == (Lane.DECODE, Lane.PREFILL):
+                    one.recording.check_apart(other.recording)
+
+    def _ranges(self, shared: Sequence[jax.Array], capture: _Capture) -> list[Range]:
+        progress = self._own(capture.lane)
+        own = (*capture.inputs, *capture.outputs, progress, *self._holds[capture.key[0]])
+        return [
+            (_address(array), array.nbytes, arrays is shared)
+            for arrays in (shared, own)
+            for array in arrays
+        ]
+
+    def _build(
+        self, captures: Sequence[_Capture], splits: Mapping[Split, int], built: Progress
+    ) -> dict[Split, int]:
+        """Builds what the whole device runs, then split by split; the splits that are complete."""
+        lanes = [each for each in captures if each.lane is not Lane.WHOLE]
+        alone = [each for each in captures if each.lane is not Lane.PREFILL or not splits]
+        jobs = [(each, 0) for each in alone]
+        jobs += [(each, number) for number in splits.values() for each in lanes]
+        for count, (capture, number) in enumerate(jobs):
+            try:
+                capture.recording.build(number_of(capture.lane), number)
+            except MemoryError as error:
+                if not number:
+                    raise
+                done = {split: each for split, each in splits.items() if each < number}
+                _log.warning("%d of %d splits can be used: %s", len(done), len(splits), error)
+                return done
+            built(count + 1, len(jobs))
+        return dict(splits)
+
+
+def _address(array: jax.Array) -> int:
+    address: int = array.unsafe_buffer_pointer()
+    return address
+
+
+def _addresses(arrays: Sequence[jax.Array]) -> tuple[int, ...]:
+    return tuple(map(_address, arrays))
+
+
+def _table(array: jax.Array) -> Table:
+    return Table(_address(array), array.nbytes // array.shape[0])
+
+
+def _name(key: Key) -> str:
+    return " ".join(map(str, key))
