@@ -8,8 +8,10 @@ import math
 import random
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +28,24 @@ from duetjax.checkpoint.source import (
     resolve_model,
 )
 from duetjax.checkpoint.weights import read_weights
-from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, SamplingParams
+from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
+from duetjax.devices import Device, Ready, find_device
 from duetjax.engine import EngineClient
-from duetjax.host import free_host_memory, host_memory
 from duetjax.model.decoder import Definition
-from duetjax.model.kv_pages import Kernels
-from duetjax.planning import make_planning, read_profiles
+from duetjax.planning import make_planning, read_profiles, wanted_splits
 from duetjax.policy.launch import Program
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler
-from duetjax.runtime import compilations, host_kernels
+from duetjax.runtime import compilations
 from duetjax.runtime.compiler import Compiler
-from duetjax.runtime.executor import Executables, JaxDevice
-from duetjax.runtime.host_lanes import HostLanes
-from duetjax.runtime.in_order import InOrder
 from duetjax.runtime.measured_profile import measured_profile
 from duetjax.runtime.memory import DeviceMemory, MemoryPlan, check_free, kv_bytes, plan_memory
 from duetjax.runtime.programs import Buckets, Leaves, Programs, Upkeep
 from duetjax.runtime.shape_profile import shape_profile
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
-from duetjax.runtime.target import Target, check_options, local_target
 from duetjax.text.tokenizer import Tokenizer
-from pallas_kernels import xla
 
 _log = logging.getLogger(__name__)
 
@@ -139,10 +135,8 @@ def build_engine(
     allocate.
     """
     compilations.install()
-    target = local_target()
-    if target.compiler_options:
-        check_options(target)
-    programs, memory, plan = _plan(source.config, engine, target)
+    device = find_device(engine)
+    programs, memory, plan = _plan(source.config, engine, device)
     _log.info(
         "max_model_len %d; %d KV pages of %d tokens",
         plan.max_model_len,
@@ -153,8 +147,9 @@ def build_engine(
     shapes = shape_profile(source.name, source.config, programs)
     profiles = read_profiles(engine, shapes)
     weights = _load_weights(source, programs, load_format, engine.seed)
-    executables = _compile(programs, memory, engine)
-    executor = _executor(programs, executables, programs.definition.ordered(weights))
+    ready = _compile(programs, memory, engine, programs.definition.ordered(weights))
+    with _GraphBar() as bar:
+        executor = device.run(ready, wanted_splits(engine, profiles), bar.show)
     if profiles is not None and profiles.model is shapes:
         profiles = replace(profiles, model=measured_profile(shapes, executor, profiles.hardware))
     calibrations = default_folder().with_name("calibrations")
@@ -164,64 +159,66 @@ def build_engine(
         executor,
         vocab_size=source.config.vocab_size,
         on_close=planning.close,
-        rung=Backend.LANES if programs.layout.in_pool else Backend.JAX,
+        rung=device.rung,
     )
     return client, plan
 
 
 def _plan(
-    config: ModelConfig, engine: EngineConfig, target: Target
+    config: ModelConfig, engine: EngineConfig, device: Device
 ) -> tuple[Programs, DeviceMemory, MemoryPlan]:
     """The programs to compile and the memory they will serve from, before any of it is taken."""
-    if target.platform != "cpu":
-        raise ConfigError(
-            f"the attention kernels for {target.platform} are not built yet (docs/design.md);"
-            " set JAX_PLATFORMS=cpu to serve on the processor"
-        )
     dtype = config.dtype if engine.dtype == "auto" else engine.dtype
     itemsize = np.dtype(jnp.dtype(dtype)).itemsize
     shapes = Definition(config, dtype).fusion.shapes.values()
     memory = DeviceMemory(
-        total=host_memory(),
+        total=device.memory,
         weights=sum(math.prod(shape) for shape in shapes) * itemsize,
         slots=0,
         temporaries=0,
     )
-    plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=True))
+    parts = device.parts(config, str(np.dtype(jnp.dtype(dtype))))
+
+    def lay_out() -> tuple[Programs, MemoryPlan]:
+        plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=device.is_host))
+        plan = replace(plan, layout=replace(plan.layout, in_pool=parts.in_pool))
+        slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
+        buckets = _buckets(engine, plan)
+        kernels, product = parts.kernels, parts.product
+        return Programs(config, plan.layout, slots, buckets, device.target, kernels, product), plan
+
+    programs, _ = lay_out()  # what slots and temporaries take depends on the longest context
+    lanes = 2 if parts.in_pool else 1  # each keeps counts and tables of its own
+    memory = replace(
+        memory,
+        slots=lanes * programs.slots.num_bytes,
+        temporaries=device.temporaries(programs),
+    )
+    programs, plan = lay_out()
     check_context(config, plan.max_model_len)
-    slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
-    kernels: Kernels = xla
-    if _has_lanes(config, engine, str(np.dtype(jnp.dtype(dtype)))):
-        kernels, plan = host_kernels, replace(plan, layout=replace(plan.layout, in_pool=True))
-    programs = Programs(config, plan.layout, slots, _buckets(engine, plan), target, kernels)
-    memory = replace(memory, slots=slots.num_bytes)
     pool = plan.layout.num_pages * plan.layout.page_bytes
-    check_free(engine, memory, pool, free_host_memory())
+    check_free(engine, memory, pool, device.free)
     return programs, memory, plan
 
 
-def _has_lanes(config: ModelConfig, engine: EngineConfig, dtype: str) -> bool:
-    """Whether lanes run beside each other; if they were asked for and cannot, `ConfigError`."""
-    if engine.backend == Backend.JAX:
-        return False
-    reason = host_kernels.why_not(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
-    if reason is None:
-        _log.info("launches run in lanes, beside each other where the policy says so")
-        host_kernels.register()
-        return True
-    if engine.backend == Backend.LANES:
-        raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
-    _log.warning("launches are plain JAX calls, one after another: %s", reason)
-    return False
+class _GraphBar:
+    """Shows how far the building of graphs is, where any are built."""
 
+    def __init__(self) -> None:
+        self._open = ExitStack()
 
-def _executor(programs: Programs, executables: Executables, weights: Leaves) -> HostLanes | InOrder:
-    """What runs launches, with memory for the KV pages."""
-    layout = programs.layout
-    if not layout.in_pool:
-        return InOrder(JaxDevice(programs, executables, weights))
-    pool = host_kernels.open_pool(layout)
-    return HostLanes(programs, executables, weights, pool)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def show(self, count: int, total: int) -> None:
+        """So many of them are built."""
+        if count == 1:
+            bar = tqdm(total=total, desc="graphs", unit="graph", disable=None)
+            self._bar = self._open.enter_context(bar)
+        self._bar.update()
 
 
 def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
@@ -286,18 +283,19 @@ def _load_weights(
     return weights
 
 
-def _compile(programs: Programs, memory: DeviceMemory, engine: EngineConfig) -> Executables:
+def _compile(
+    programs: Programs, memory: DeviceMemory, engine: EngineConfig, weights: Leaves
+) -> Ready:
     """Every program's executable; refuses before anything is allocated if they need too much."""
     started, count = time.perf_counter(), len(programs.buckets) + len(Upkeep)
     compiler = Compiler(programs.target, ProgramStore(default_folder()))
-    executables, temporaries = {}, dict.fromkeys(Program, 0)
+    executables, temporaries = {}, {}
     _log.info("preparing %d programs", count)
     with tqdm(total=count, desc="programs", unit="program", disable=None) as bar:
         for key, program in compiler.compile(programs.lowered()):
             executables[key] = program.executable
             if isinstance(key, tuple):
-                kind = key[0]
-                temporaries[kind] = max(temporaries[kind], program.facts.temp_bytes)
+                temporaries[key] = program.facts.temp_bytes
             bar.update()
     _log.info(
         "%d programs in %.1f s, %d of them compiled, the others from the store",
@@ -305,5 +303,9 @@ def _compile(programs: Programs, memory: DeviceMemory, engine: EngineConfig) -> 
         time.perf_counter() - started,
         compiler.num_compiled,
     )
-    kv_bytes(engine, replace(memory, temporaries=sum(temporaries.values())), on_host=True)
-    return executables
+    most = [
+        max(size for (kind, _), size in temporaries.items() if kind is each) for each in Program
+    ]
+    most_needed = replace(memory, temporaries=max(memory.temporaries, sum(most)))
+    kv_bytes(engine, most_needed, on_host=programs.target.platform == "cpu")
+    return Ready(programs, executables, temporaries, weights)

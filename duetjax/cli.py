@@ -460,9 +460,13 @@ def _doctor(_args: argparse.Namespace) -> int:
 
 
 def _rung() -> str:
-    """How launches would run on this machine's processor, and why not better."""
+    """How launches would run on this machine, and why not better."""
+    import jax
+
     from duetjax.runtime import host_kernels
 
+    if jax.devices()[0].platform != "cpu":
+        return "as graphs, lists, streams or plain JAX calls; tried at start, see duetjax_rung"
     reason = host_kernels.why_not(num_heads=8, num_kv_heads=8, head_dim=64, dtype="float32")
     if reason is not None:
         return f"plain JAX calls, one after another: {reason}"
@@ -470,16 +474,19 @@ def _rung() -> str:
 
 
 def _launcher_status() -> str:
-    """What is there of the launcher, and what is missing."""
+    """What is there of the launcher, what is missing, and which splits it makes of a GPU."""
     try:
         import duetjax._launcher as _launcher
     except ImportError as error:
         return f"not built ({error}): install a C compiler, then duetjax anew"
     try:
-        _launcher.Device([]).close()
+        with _launcher.Device([]) as device:
+            [(_, cores, _)] = device.splits
+        with _launcher.Device(range(8, cores // 2 + 1, 8)) as device:
+            splits = [f"{decode}/{prefill}" for _, decode, prefill in device.splits[1:]]
     except _launcher.LauncherError as error:
         return f"built, but {error}"
-    return "built"
+    return f"built; splits of {cores} SMs: {', '.join(splits)}"
 
 
 @contextmanager

@@ -71,6 +71,16 @@ def read_profiles(engine: EngineConfig, shapes: ModelProfile) -> Profiles | None
     return Profiles(_best_profile(engine, shapes), hardware)
 
 
+def wanted_splits(engine: EngineConfig, profiles: Profiles | None) -> tuple[Split, ...]:
+    """The splits that the policy may ask for, the most useful one first."""
+    if engine.policy == PolicyName.STATIC_SPLIT:
+        return (Split(*engine.split),)
+    if engine.policy != PolicyName.DUET or profiles is None:
+        return ()
+    middle = profiles.hardware.cores / 4  # decode is bound by memory, which few cores fill
+    return tuple(sorted(profiles.hardware.splits(), key=lambda split: abs(split.decode - middle)))
+
+
 def make_planning(
     engine: EngineConfig, profiles: Profiles | None, limits: SchedulerLimits, calibrations: Path
 ) -> Planning:

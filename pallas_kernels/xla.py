@@ -34,20 +34,25 @@ def write_kv(
 
 
 def decode_attention(
-    q: jax.Array,
-    pages: jax.Array,
-    page_table: jax.Array,
-    lengths: jax.Array,
-    longest: int | None = None,
+    q: jax.Array, pages: jax.Array, page_table: jax.Array, lengths: jax.Array
 ) -> jax.Array:
     """Attention of one query per row over that row's pages.
 
     q [B, H, D]; pages [P, K, 2, S, D]; page_table [B, M] int32; lengths [B] int32: keys visible
-    to the row, its own included, at least 1; longest: keys to visit, by default the most that a
-    row sees. Returns [B, H, D] in q's dtype.
+    to the row, its own included, at least 1. Returns [B, H, D] in q's dtype.
     """
-    seen = jnp.max(lengths) if longest is None else longest
-    return _walk(q[:, None], pages, page_table, lengths - 1, seen)[:, 0]
+    return decode_walk(q, pages, page_table, lengths, jnp.max(lengths))
+
+
+def decode_walk(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    longest: jax.Array | int,
+) -> jax.Array:
+    """`decode_attention` that visits `longest` keys of every row, which sees no more."""
+    return _walk(q[:, None], pages, page_table, lengths - 1, longest)[:, 0]
 
 
 def prefill_attention(
@@ -56,15 +61,28 @@ def prefill_attention(
     page_table: jax.Array,
     row_offsets: jax.Array,
     cached_lengths: jax.Array,
-    longest: int | None = None,
 ) -> jax.Array:
     """Causal attention of packed rows over their pages, which hold the new keys already.
 
     q [T, H, D]: row r's queries are q[row_offsets[r]:row_offsets[r + 1]], at positions from
     cached_lengths[r] on; pages [P, K, 2, S, D]; page_table [R, M]; row_offsets [R + 1];
-    cached_lengths [R], int32; longest: as in `decode_attention`. Queries behind the last row get
-    finite values without meaning. Returns [T, H, D] in q's dtype.
+    cached_lengths [R], int32. Queries behind the last row get finite values without meaning.
+    Returns [T, H, D] in q's dtype.
     """
+    counts = row_offsets[1:] - row_offsets[:-1]
+    longest = jnp.max(jnp.where(counts > 0, cached_lengths + counts, 1))
+    return prefill_walk(q, pages, page_table, row_offsets, cached_lengths, longest)
+
+
+def prefill_walk(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    row_offsets: jax.Array,
+    cached_lengths: jax.Array,
+    longest: jax.Array | int,
+) -> jax.Array:
+    """`prefill_attention` that visits `longest` keys of every row, which sees no more."""
     T, R = q.shape[0], page_table.shape[0]
     counts = row_offsets[1:] - row_offsets[:-1]
     tile_ends = jnp.cumsum(-(-counts // TILE))
@@ -77,9 +95,7 @@ def prefill_attention(
     source = jnp.clip(row_offsets[row, None] + first[:, None] + jnp.arange(TILE), 0, T - 1)
     surplus = tile >= tile_ends[-1]
     start = jnp.where(surplus, 0, cached_lengths[row] + first)
-    seen = jnp.where(surplus, 0, jnp.minimum(first + TILE, counts[row]) + cached_lengths[row])
-    keys = jnp.maximum(jnp.max(seen), 1) if longest is None else longest
-    out = _walk(q[source], pages, page_table[row], start, keys)
+    out = _walk(q[source], pages, page_table[row], start, longest)
 
     token = jnp.arange(T)
     row = jnp.minimum(jnp.searchsorted(row_offsets[1:], token, side="right"), R - 1)

@@ -25,7 +25,7 @@ def decode_attention(
 ) -> jax.Array:
     """See `pallas_kernels.xla.decode_attention`."""
     longest = page_table.shape[1] * pages.shape[3]
-    return xla.decode_attention(q, pages, page_table, lengths, longest)
+    return xla.decode_walk(q, pages, page_table, lengths, longest)
 
 
 def prefill_attention(
@@ -37,4 +37,4 @@ def prefill_attention(
 ) -> jax.Array:
     """See `pallas_kernels.xla.prefill_attention`."""
     longest = page_table.shape[1] * pages.shape[3]
-    return xla.prefill_attention(q, pages, page_table, row_offsets, cached_lengths, longest)
+    return xla.prefill_walk(q, pages, page_table, row_offsets, cached_lengths, longest)

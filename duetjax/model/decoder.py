@@ -6,6 +6,7 @@ cache and walk it, or attend densely for training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,16 @@ from jax.typing import DTypeLike
 
 from duetjax.config import ModelConfig
 from duetjax.model.fusion import Fusion, part_rows
-from duetjax.model.layers import MLP, Embedding, Linear, RMSNorm, product, rope_frequencies, rotate
+from duetjax.model.layers import (
+    MLP,
+    Embedding,
+    Linear,
+    Product,
+    RMSNorm,
+    product,
+    rope_frequencies,
+    rotate,
+)
 
 type Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 """(layer, q [..., N, H, D], k [..., N, K, D], v [..., N, K, D]) -> [..., N, H, D]."""
@@ -23,11 +33,14 @@ type Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 class Attention(nnx.Module):
     """Projections of one attention layer; the attention itself is the caller's."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, product: Product
+    ) -> None:
         c, d = config, config.head_dim
         rows = part_rows(c)["qkv_proj"]
-        self.qkv_proj = Linear(c.hidden_size, sum(rows), bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(rows[0], c.hidden_size, bias=c.o_bias, dtype=dtype, rngs=rngs)
+        linear = partial(Linear, dtype=dtype, rngs=rngs, product=product)
+        self.qkv_proj = linear(c.hidden_size, sum(rows), bias=c.qkv_bias)
+        self.o_proj = linear(rows[0], c.hidden_size, bias=c.o_bias)
         self.q_norm = RMSNorm(d, c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(d, c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
         self.head_dim = d
@@ -46,12 +59,21 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, product: Product
+    ) -> None:
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(c, dtype=dtype, rngs=rngs, product=product)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(
+            c.hidden_size,
+            c.intermediate_size,
+            bias=c.mlp_bias,
+            dtype=dtype,
+            rngs=rngs,
+            product=product,
+        )
 
     def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, layer: int) -> jax.Array:
         """x [..., N, hidden] -> [..., N, hidden]."""
@@ -62,11 +84,13 @@ class DecoderLayer(nnx.Module):
 class DecoderStack(nnx.Module):
     """Embedding, layers and final norm: what Hugging Face calls `model`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, product: Product
+    ) -> None:
         c = config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [DecoderLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.num_layers)]
+            [DecoderLayer(c, dtype=dtype, rngs=rngs, product=product) for _ in range(c.num_layers)]
         )
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
 
@@ -74,14 +98,17 @@ class DecoderStack(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model; parameters' paths are Hugging Face's names, some of them fused."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        self.config = config
-        self.model = DecoderStack(config, dtype=dtype, rngs=rngs)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
-        )
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        product: Product = product,
+    ) -> None:
+        c, self.config, self.product = config, config, product
+        linear = partial(Linear, bias=False, dtype=dtype, rngs=rngs, product=product)
+        self.model = DecoderStack(c, dtype=dtype, rngs=rngs, product=product)
+        self.lm_head = None if c.tie_word_embeddings else linear(c.hidden_size, c.vocab_size)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         """tokens, positions [..., N] int32 -> normed hidden states [..., N, hidden]."""
@@ -95,10 +122,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden_size] -> float32 [..., V], for the rows that need them only."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        weight = head.weight[...]
-        if hidden.dtype == jnp.float32:
-            return product(hidden, weight)
-        return jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
+        return self.product(hidden, head.weight[...], jnp.float32)
 
 
 def causal_attention(_layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -120,8 +144,8 @@ class Definition:
     nothing.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
-        abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype))
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, product: Product = product) -> None:
+        abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype, product))
         graph, state = nnx.split(abstract)
         self._graph: nnx.GraphDef[Decoder] = graph
         self._tree = jax.tree.structure(state)

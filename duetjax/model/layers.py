@@ -5,6 +5,8 @@ Arrays carry any number of leading axes: [..., N, features]. Weights keep the ch
 """
 
 import math
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +18,17 @@ from duetjax.config import RopeConfig, RopeType
 _FEW_ROWS = 16
 
 
-class Linear(nnx.Module):
-    """y = x @ weight.T + bias, with weight [out, in]."""
+class Product(Protocol):
+    """How a model multiplies by its weights."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        scale = in_features**-0.5
-        self.weight = nnx.Param(_normal(rngs, (out_features, in_features), scale, dtype))
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] -> [..., out]."""
-        y = product(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(
+        self, x: jax.Array, weight: jax.Array, /, dtype: DTypeLike | None = None
+    ) -> jax.Array:
+        """x [..., in] @ weight.T, weight [out, in] -> [..., out] in `dtype`, None for x's."""
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] @ weight.T, weight [out, in] -> [..., out], in float32 if x is.
+def product(x: jax.Array, weight: jax.Array, /, dtype: DTypeLike | None = None) -> jax.Array:
+    """See `Product`; in plain XLA.
 
     For few rows XLA's processor backend reads float32 weights twice as fast as the left operand.
     The barrier keeps it from turning that round again.
@@ -41,7 +36,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     few = math.prod(x.shape[:-1]) <= _FEW_ROWS and x.dtype == weight.dtype == jnp.float32
 
     def usual(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum("...i,oi->...o", x, weight)
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
 
     def turned(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
@@ -52,6 +47,30 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
         return usual(x, weight)
     y: jax.Array = jax.lax.platform_dependent(x, weight, cpu=turned, default=usual)
     return y
+
+
+class Linear(nnx.Module):
+    """y = x @ weight.T + bias, with weight [out, in]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        product: Product,
+    ) -> None:
+        scale = in_features**-0.5
+        self.weight = nnx.Param(_normal(rngs, (out_features, in_features), scale, dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
+        self.product = product
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        y = self.product(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
 
 
 class Embedding(nnx.Module):
@@ -84,10 +103,18 @@ class MLP(nnx.Module):
     """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
 
     def __init__(
-        self, hidden: int, intermediate: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        product: Product,
     ) -> None:
-        self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(intermediate, hidden, bias=bias, dtype=dtype, rngs=rngs)
+        linear = partial(Linear, bias=bias, dtype=dtype, rngs=rngs, product=product)
+        self.gate_up_proj = linear(hidden, 2 * intermediate)
+        self.down_proj = linear(intermediate, hidden)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., hidden] -> [..., hidden]."""

@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from duetjax.policy.launch import Deliver, FinishedStep, Lane, Launch, Split, StepResult
+from duetjax.policy.launch import (
+    Deliver,
+    FinishedStep,
+    Lane,
+    Launch,
+    Program,
+    Split,
+    StepResult,
+)
 from duetjax.runtime.executor import Inputs, read_step
 from duetjax.runtime.programs import Key, Programs
 from duetjax.runtime.slot_state import PROGRESS_WORDS, HostTables
 
 if TYPE_CHECKING:
-    from duetjax._launcher import Device, Program
+    from duetjax._launcher import Device
+    from duetjax._launcher import Program as Recording
 
 try:
     from duetjax._launcher import Busy
@@ -43,7 +52,7 @@ _PROGRESS_BYTES = 4 * PROGRESS_WORDS
 class Replay:
     """A recording and where it finds what a launch brings, in the order of `Inputs.of`."""
 
-    program: "Program"
+    recording: "Recording"
     inputs: tuple[int, ...]
 
 
@@ -95,6 +104,11 @@ class CudaLanes:
         self._lanes = [_Steps(self._device, number) for number in (0, 1)]
         self._thread: threading.Thread | None = None
 
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that launches can run on."""
+        return tuple(self._recordings.splits)
+
     def run(self, launch: Launch) -> StepResult:
         """Runs one step at once, on the calling thread; only before `start`."""
         self.submit(launch)
@@ -129,7 +143,7 @@ class CudaLanes:
             device.copy(lane.number, split, own.row(slot), theirs.row(slot), _PROGRESS_BYTES)
         for address, values in zip(replay.inputs, self._inputs.of(launch), strict=True):
             lane.copy_in(split, address, values.view(np.uint8))
-        lane.launch(replay.program, split, launch)
+        lane.launch(replay.recording, split, launch)
 
     def close(self) -> None:
         """See `Executor`."""
@@ -168,7 +182,7 @@ class CudaLanes:
                 self._deliver(FinishedStep(launch.ticket, step, self._read(launch, data)))
 
     def _read(self, launch: Launch, data: bytes) -> StepResult:
-        decode = not launch.counts
+        decode = launch.program is Program.DECODE
         rows = launch.bucket if decode else self._rows_of(launch.bucket)
         words = np.frombuffer(data, np.int32)
         top = words[3 * rows :].reshape(rows, -1, 2) if launch.wants_top else None
@@ -204,12 +218,12 @@ class _Steps:
             self._submit([None], lambda: self._device.fence(self.number, split))
             _when_free(lambda: self._device.copy_in(self.number, split, address, data.data))
 
-    def launch(self, program: "Program", split: int, launch: Launch) -> None:
+    def launch(self, recording: "Recording", split: int, launch: Launch) -> None:
         """Its k steps, with the results that it wants; a long look-ahead in several pieces."""
         num_results = 2 if launch.wants_top else 1
         for first in range(0, launch.k, _MOST_STEPS):
             steps = range(first, min(first + _MOST_STEPS, launch.k))
-            run = partial(program.launch, self.number, split, len(steps), num_results)
+            run = partial(recording.launch, self.number, split, len(steps), num_results)
             self._submit([(launch, step) for step in steps], run)
 
     def wait(self) -> None:

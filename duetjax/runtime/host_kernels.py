@@ -1,15 +1,18 @@
-"""The launcher's kernels on the processor: KV pages in its own memory, shared by both lanes.
+"""The launcher's kernels on the processor: KV pages in its own memory, products of few rows.
 
 Programs pass a handle [2] int32 (pool, array) where they would pass the pages [P, K, 2, S, D]. So
 no program owns the pages: two can run at the same time, and nothing is ever copied or donated. The
-signatures and their meaning are those of `pallas_kernels.xla`. See launcher/csrc/kv_kernels.h.
+signatures and their meaning are those of `pallas_kernels.xla`. See launcher/csrc/kv_kernels.h and
+product.h.
 """
 
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from duetjax.model import layers
 from duetjax.model.kv_pages import KVLayout
 
 try:
@@ -20,8 +23,11 @@ except ImportError:  # installed where there was no C compiler
 _WRITE = "duetjax_host_write"
 _DECODE_ATTENTION = "duetjax_host_decode_attention"
 _PREFILL_ATTENTION = "duetjax_host_prefill_attention"
+_PRODUCT = "duetjax_host_product"
 
 MOST_HEAD_DIM, VECTOR, MOST_GROUP = 256, 8, 32
+FEW_ROWS = 16
+"""Most rows that `product` multiplies itself; reading the weights takes longest up to some 8."""
 
 
 def why_not(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> str | None:
@@ -44,6 +50,7 @@ def register() -> None:
         (_WRITE, _launcher.kv_write),
         (_DECODE_ATTENTION, _launcher.kv_decode_attention),
         (_PREFILL_ATTENTION, _launcher.kv_prefill_attention),
+        (_PRODUCT, _launcher.product),
     ):
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
 
@@ -89,6 +96,19 @@ def prefill_attention(
     call = jax.ffi.ffi_call(_PREFILL_ATTENTION, _like(q))
     out: jax.Array = call(pages, q, page_table, row_offsets, cached_lengths)
     return out
+
+
+def product(x: jax.Array, weight: jax.Array, /, dtype: DTypeLike | None = None) -> jax.Array:
+    """See `duetjax.model.layers.Product`; the sum of few rows is float32, its order a row's own.
+
+    In bfloat16 products are exact and the sum is rounded once.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > FEW_ROWS:
+        return layers.product(x, weight, dtype)
+    shape = jax.ShapeDtypeStruct((len(rows), len(weight)), x.dtype if dtype is None else dtype)
+    y: jax.Array = jax.ffi.ffi_call(_PRODUCT, shape)(rows, weight)
+    return y.reshape((*x.shape[:-1], len(weight)))
 
 
 def _like(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -26,7 +26,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of the device: all there is, and what is taken by others than the KV pool.
+    """Bytes of the device: all that may be taken, and what others than the KV pool take of it.
 
     temporaries: of the largest decode and the largest prefill program together, as the two lanes
     run at once; by a compile, they do not depend on the page count. slots: tables and counts.
@@ -44,14 +44,13 @@ class DeviceMemory:
 
 
 def kv_bytes(engine: EngineConfig, memory: DeviceMemory, *, on_host: bool) -> int:
-    """Bytes for the KV pool: those asked for, or a share of the device's memory.
+    """Bytes for the KV pool: those asked for, or on a GPU whatever is left.
 
     Raises `ConfigError` naming the flag if they do not fit beside the rest.
     """
-    share = int(engine.gpu_memory_utilization * memory.total)
     asked = engine.kv_cache_memory_bytes
     if asked is None:
-        asked = _HOST_KV_BYTES if on_host else share - memory.fixed
+        asked = _HOST_KV_BYTES if on_host else memory.total - memory.fixed
     room = memory.total - memory.fixed
     if room <= 0 or asked <= 0:
         raise ConfigError(

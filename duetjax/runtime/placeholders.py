@@ -16,6 +16,9 @@ try:
 except ImportError:  # installed where there was no C compiler
     _launcher = None  # type: ignore[assignment]
 
+HAS_LAUNCHER = _launcher is not None
+"""Whether programs with the marker can run, and be recorded."""
+
 MARKER = "duetjax_marker"
 WRITE_KV = "duetjax_write_kv"
 DECODE_ATTENTION = "duetjax_decode_attention"

@@ -10,7 +10,7 @@ pad a bucket, and rows that have stopped, write to the dummy page alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from duetjax.config import ModelConfig
 from duetjax.model.decoder import Definition
 from duetjax.model.kv_pages import DUMMY_PAGE, Kernels, KVLayout, PagedKV
+from duetjax.model.layers import Product, product
 from duetjax.model.sampling import RowParams, sample
 from duetjax.policy.launch import Program, RowFlag
 from duetjax.runtime.placeholders import mark
@@ -132,14 +133,22 @@ class Programs:
         buckets: Buckets,
         target: Target,
         kernels: Kernels,
+        product: Product = product,
     ) -> None:
-        self.definition = Definition(config, layout.dtype)
+        self.definition = Definition(config, layout.dtype, product)
         self.layout = layout
         self.slots = slots
         self.buckets = buckets
         self.target = target
         self._config = config
         self._kernels = kernels
+        self._product = product
+
+    def with_pages(self, num_pages: int) -> "Programs":
+        """The same programs for another number of KV pages."""
+        layout = replace(self.layout, num_pages=num_pages)
+        rest = self.slots, self.buckets, self.target, self._kernels, self._product
+        return Programs(self._config, layout, *rest)
 
     def lowered(self) -> Iterator[tuple[Key | Upkeep, Callable[[], jax.stages.Lowered]]]:
         """Every program's key and how to lower it, the small ones first."""

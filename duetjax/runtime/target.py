@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.typing import DTypeLike
 
 from duetjax.config import ConfigError
-from duetjax.runtime.placeholders import register_placeholders
+from duetjax.runtime.placeholders import HAS_LAUNCHER, register_placeholders
 
 type Option = str | bool | int
 
@@ -116,7 +116,7 @@ class Target:
 
 
 def local_target() -> Target:
-    """The default device. On a GPU programs have no marker: its handler comes with the launcher.
+    """The default device. On a GPU programs have the marker where the launcher has been built.
 
     Raises `ConfigError` for a device that is neither a CPU nor an NVIDIA GPU.
     """
@@ -131,7 +131,8 @@ def local_target() -> Target:
             " set JAX_PLATFORMS=cpu to run on the processor"
         )
     name = device.device_kind.lower().replace(" ", "-")
-    return Target(name, "cuda", identity, CUDA_OPTIONS, has_marker=False)
+    register_placeholders()
+    return Target(name, "cuda", identity, CUDA_OPTIONS, has_marker=HAS_LAUNCHER)
 
 
 def gpu_names() -> tuple[str, ...]:

@@ -172,7 +172,7 @@ INLINE const float *widened(enum kv_type type, const unsigned char *from, size_t
     if (type == KV_F32)
         return (const float *)from;
     for (size_t i = 0; i < count; i++)
-        room[i] = from_bf16(((const uint16_t *)from)[i]);
+        room[i] = duet_from_bf16(((const uint16_t *)from)[i]);
     return room;
 }
 

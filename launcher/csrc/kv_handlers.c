@@ -1,13 +1,12 @@
 #include "kv_handlers.h"
 
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "ffi_call.h"
 #include "kv_kernels.h"
+#include "sharing.h"
 
 static const double WORTH_SHARING = 1 << 17; /* multiplications: some ten microseconds */
 
@@ -94,61 +93,8 @@ xla_error *duet_kv_write(struct xla_call *call) {
     return on_pool(call, 5, write_pages);
 }
 
-/* Items that threads take one after another. Whoever comes late finds nothing to do, perhaps long
- * after the call has returned: `work` is touched with an item in hand only. */
-struct job {
-    const struct kv_attention *work;
-    size_t num_items;
-    atomic_size_t next, done;
-    atomic_int holders;
-};
-
-static void take_items(void *data) {
-    struct job *job = data;
-    size_t item;
-    while ((item = atomic_fetch_add(&job->next, 1)) < job->num_items) {
-        kv_attend(job->work, item);
-        atomic_fetch_add(&job->done, 1);
-    }
-    if (atomic_fetch_sub(&job->holders, 1) == 1)
-        free(job);
-}
-
-static size_t num_threads(const struct xla_call *call) {
-    int64_t count = 1;
-    struct xla_num_threads_arguments arguments = {sizeof arguments, NULL, call->context, &count};
-    xla_error *error = call->api->num_threads(&arguments);
-    if (error != NULL) {
-        struct xla_error_destroy_arguments dropped = {sizeof dropped, NULL, error};
-        call->api->destroy_error(&dropped);
-    }
-    return count < 1 ? 1 : (size_t)count;
-}
-
-/* On XLA's threads and this one, which may well do all of it: the others may be at other work. */
-static bool share(const struct xla_call *call, const struct kv_attention *work, size_t num_items) {
-    size_t helpers = num_threads(call) - 1;
-    struct job *job = NULL;
-    if (helpers == 0 || (job = malloc(sizeof *job)) == NULL)
-        return false;
-    helpers = helpers < num_items - 1 ? helpers : num_items - 1;
-    *job = (struct job){.work = work, .num_items = num_items, .holders = (int)helpers + 2};
-    for (size_t i = 0; i < helpers; i++) {
-        struct xla_schedule_arguments arguments = {sizeof arguments, NULL, call->context,
-                                                   take_items, job};
-        xla_error *error = call->api->schedule(&arguments);
-        if (error != NULL) {
-            struct xla_error_destroy_arguments dropped = {sizeof dropped, NULL, error};
-            call->api->destroy_error(&dropped);
-            atomic_fetch_sub(&job->holders, 1);
-        }
-    }
-    take_items(job);
-    while (atomic_load(&job->done) < num_items) /* an item that another thread has in hand */
-        sched_yield();
-    if (atomic_fetch_sub(&job->holders, 1) == 1)
-        free(job);
-    return true;
+static void run_item(const void *work, size_t item) {
+    kv_attend(work, item);
 }
 
 static xla_error *attention(const struct xla_call *call, const struct kv_attention *work) {
@@ -162,11 +108,7 @@ static xla_error *attention(const struct xla_call *call, const struct kv_attenti
     size_t num_items = kv_num_items(work);
     if (num_items == 0)
         return misfit(call, "the number or size of heads");
-    bool is_large = num_items > 1 && kv_cost(work) > WORTH_SHARING;
-    if (is_large && share(call, work, num_items))
-        return NULL;
-    for (size_t item = 0; item < num_items; item++)
-        kv_attend(work, item);
+    duet_share(kv_cost(work) > WORTH_SHARING ? call : NULL, run_item, work, num_items);
     return NULL;
 }
 

@@ -3,36 +3,22 @@
 #include <math.h>
 #include <string.h>
 
+#include "bfloat16.h"
+
 enum { KEYS = 16, MOST_ROWS = 32 };
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE float from_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-/* To the nearest, ties to even. */
-INLINE uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (isnan(value))
-        return (uint16_t)(bits >> 16) | 0x40;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 INLINE float load(enum kv_type type, const void *from, size_t index) {
     return type == KV_F32 ? ((const float *)from)[index]
-                          : from_bf16(((const uint16_t *)from)[index]);
+                          : duet_from_bf16(((const uint16_t *)from)[index]);
 }
 
 INLINE void store(enum kv_type type, void *to, size_t index, float value) {
     if (type == KV_F32)
         ((float *)to)[index] = value;
     else
-        ((uint16_t *)to)[index] = to_bf16(value);
+        ((uint16_t *)to)[index] = duet_to_bf16(value);
 }
 
 void kv_write(const struct kv_pool *pool, size_t array, const void *keys, const void *values,

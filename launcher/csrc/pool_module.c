@@ -2,6 +2,7 @@
 
 #include "kv_handlers.h"
 #include "kv_kernels.h"
+#include "product_handler.h"
 
 typedef struct {
     PyObject_HEAD
@@ -120,7 +121,8 @@ int duet_add_pool(PyObject *module) {
     int status = type == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)type);
     Py_XDECREF(type);
     if (status != 0 || add_handler(module, "kv_write", duet_kv_write) != 0 ||
-        add_handler(module, "kv_decode_attention", duet_kv_decode_attention) != 0)
+        add_handler(module, "kv_decode_attention", duet_kv_decode_attention) != 0 ||
+        add_handler(module, "product", duet_product) != 0)
         return -1;
     return add_handler(module, "kv_prefill_attention", duet_kv_prefill_attention);
 }

@@ -10,6 +10,7 @@ import numpy as np
 from golden import tiny
 
 from duetjax.config import ModelConfig
+from duetjax.model import layers
 from duetjax.model.decoder import Definition, causal_attention
 from duetjax.model.kv_pages import KVLayout
 from duetjax.model.sampling import sample
@@ -50,7 +51,8 @@ def programs(kernels, *, in_pool, decode):
     layout = replace(KVLayout.of(config(), NUM_PAGES, PAGE, "float32"), in_pool=in_pool)
     slots = SlotShapes(SLOTS, WIDTH, config().vocab_size)
     buckets = Buckets((decode,), (BUDGET,), SLOTS)
-    return Programs(config(), layout, slots, buckets, local_target(), kernels)
+    product = host_kernels.product if in_pool else layers.product
+    return Programs(config(), layout, slots, buckets, local_target(), kernels, product)
 
 
 def compiled(made):

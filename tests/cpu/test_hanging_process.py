@@ -4,10 +4,18 @@ import json
 from pathlib import Path
 
 import httpx
+import pytest
 from server_process import metric, serving
 
 HERE = Path(__file__).parent
 PATIENCE = 60  # seconds
+DEMO_BODY = {
+    "model": "duetjax-demo",
+    "prompt": "Once",
+    "stream": True,
+    "max_tokens": 200,
+    "ignore_eos": True,
+}
 BODY = {"model": "alphabet", "prompt": "a", "stream": True, "max_tokens": 40}
 
 # Python's own end would wait for ever, as in a library that waits for its device.
@@ -27,11 +35,41 @@ sys.exit(duetjax.cli.main())
 """
 
 
-def test_a_lane_that_never_comes_back_ends_the_stream_the_health_and_the_process():
-    with serving("--watchdog-s", "0.5", program=("-c", PROGRAM)) as (process, url):
+# The demo model on this processor; `hanging` never returns, from its tenth call on.
+REAL = """
+import atexit, itertools, sys, threading, time
+atexit.register(time.sleep, 1e6)
+import duetjax.cli
+from duetjax.runtime import executor, host_lanes
+
+def hanging(real):
+    calls = itertools.count(1)
+    def call(*arguments):
+        if next(calls) >= 10:
+            threading.Event().wait()
+        return real(*arguments)
+    return call
+
+{}
+sys.exit(duetjax.cli.main())
+"""
+STALLED_POLLER = "host_lanes.step_result = hanging(host_lanes.step_result)"
+STUCK_LANE = "executor.Chain.dispatch = hanging(executor.Chain.dispatch)"
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds", "body"),
+    [
+        pytest.param(PROGRAM, "0.5", BODY, id="a device that answers no more"),
+        pytest.param(REAL.format(STALLED_POLLER), "3", DEMO_BODY, id="a stalled poller"),
+        pytest.param(REAL.format(STUCK_LANE), "3", DEMO_BODY, id="a lane that never returns"),
+    ],
+)
+def test_what_never_comes_back_ends_the_stream_the_health_and_the_process(program, seconds, body):
+    with serving("--watchdog-s", seconds, program=("-c", program)) as (process, url):
         with httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE) as client:
             assert client.get("/health").status_code == 200
-            stream = client.post("/v1/completions", json=BODY).text
+            stream = client.post("/v1/completions", json=body).text
             health = client.get("/health")
         assert metric(url, "duetjax_engine_healthy") == 0
         *_, error, done = [line[6:] for line in stream.splitlines() if line.startswith("data: ")]

@@ -25,10 +25,10 @@ from lane_programs import (
 
 from duetjax.build import _plan
 from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, SamplingParams
+from duetjax.devices import find_device
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, SlotParams, Split, pack
 from duetjax.policy.policies import StaticSplit
 from duetjax.runtime import host_kernels
-from duetjax.runtime.target import local_target
 
 if host_kernels._launcher is None:
     pytest.skip("no C compiler when installed", allow_module_level=True)
@@ -389,7 +389,7 @@ def planned(caplog, backend=Backend.AUTO, **changes):
         backend=backend, kv_cache_memory_bytes=1 << 22, max_num_seqs=4, max_model_len=64
     )
     with caplog.at_level(logging.WARNING):
-        programs, _, plan = _plan(model, engine, local_target())
+        programs, _, plan = _plan(model, engine, find_device(engine))
     assert programs.layout == plan.layout
     return plan.layout.in_pool, caplog.messages
 

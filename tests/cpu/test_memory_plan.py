@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from duetjax import build
+from duetjax import build, devices
 from duetjax.checkpoint.source import resolve_model
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.host import free_host_memory, host_memory
@@ -75,9 +75,8 @@ def test_a_pool_that_rounding_makes_too_small_for_its_context_is_not_rounded():
     assert made.layout.num_pages - 1 >= 300
 
 
-def test_a_gpu_gives_its_share_less_what_is_taken():
-    engine = EngineConfig(gpu_memory_utilization=0.5)
-    assert kv_bytes(engine, H200, on_host=False) == int(0.5 * 141 * GB) - 17.1 * GB
+def test_a_gpu_gives_all_but_what_is_taken():
+    assert kv_bytes(EngineConfig(), H200, on_host=False) == (141 - 17.1) * GB
 
 
 def test_bytes_that_were_asked_for_are_given_where_they_fit():
@@ -97,7 +96,7 @@ def test_a_model_that_leaves_no_memory_is_refused_with_the_flags_that_help():
     with pytest.raises(ConfigError, match=r"weights take 140.00 GB.*--dtype bfloat16"):
         kv_bytes(EngineConfig(), crowded, on_host=True)
     with pytest.raises(ConfigError, match="--gpu-memory-utilization"):
-        kv_bytes(EngineConfig(gpu_memory_utilization=0.1), H200, on_host=False)
+        kv_bytes(EngineConfig(), replace(H200, total=14 * GB), on_host=False)
 
 
 def test_the_host_s_pool_is_modest_unless_asked_for():
@@ -112,7 +111,7 @@ def test_another_process_that_holds_memory_at_start_is_an_error_that_names_the_f
 
 
 def test_an_engine_is_not_built_where_others_hold_the_memory(monkeypatch):
-    monkeypatch.setattr(build, "free_host_memory", lambda: 2**20)
+    monkeypatch.setattr(devices, "free_host_memory", lambda: 2**20)
     with pytest.raises(ConfigError, match="another process"):
         build.build_engine(resolve_model(None), EngineConfig())
 

@@ -387,3 +387,9 @@ def test_parameters_keep_their_values_on_the_way_to_the_device():
         "bias_ids": [2, 4] + [-1] * 62, "bias_values": [3.0, -1.5] + [0.0] * 62,
     }  # fmt: skip
     assert set(row) | {"limit"} == set(PARAMS.names)
+
+
+def test_rows_that_only_pad_a_bucket_ask_for_no_draws():
+    """With the default temperature every step of a bucket that is not full would sample."""
+    params = HostTables(SlotShapes(2, WIDTH, 40)).arrays()["params"].view(PARAMS)
+    assert (params["temperature"] == 0).all()

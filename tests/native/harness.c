@@ -319,12 +319,13 @@ uint64_t random_of(uint64_t *state) { /* xorshift */
 
 extern const struct test split_tests[], capture_tests[], marker_tests[], recording_tests[],
     pointer_tests[], launch_tests[], lane_tests[], oracle_tests[], completion_tests[],
-    thread_tests[], failure_tests[], order_tests[];
+    thread_tests[], failure_tests[], order_tests[], product_tests[];
 
 /* Those that take longest first. */
 static const struct test *const suites[] = {
     completion_tests, failure_tests, oracle_tests, launch_tests, thread_tests,  split_tests,
-    capture_tests, marker_tests,     order_tests,  lane_tests,   pointer_tests, recording_tests};
+    capture_tests, marker_tests,     order_tests,  lane_tests,   pointer_tests, recording_tests,
+    product_tests};
 
 enum { AT_ONCE = 4 }; /* they wait more than they work */
 

@@ -68,16 +68,26 @@ RULES = {
         ours=(
             "duetjax.checkpoint",
             "duetjax.config",
+            "duetjax.devices",
             "duetjax.engine",
-            "duetjax.host",
             "duetjax.model",
             "duetjax.planning",
             "duetjax.policy",
             "duetjax.runtime",
             "duetjax.text",
-            "pallas_kernels",
         ),
         theirs=("jax", "numpy", "tqdm"),
+    ),
+    "duetjax.devices": Rule(
+        ours=(
+            "duetjax.config",
+            "duetjax.host",
+            "duetjax.model",
+            "duetjax.policy.launch",
+            "duetjax.runtime",
+            "pallas_kernels",
+        ),
+        theirs=("jax",),
     ),
     "duetjax.profile_files": Rule(ours=("duetjax.config", "duetjax.policy.profiles")),
     "duetjax.calibration_file": Rule(

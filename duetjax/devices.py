@@ -1,0 +1,222 @@
+"""What an engine runs on: this machine's processor, or its GPU.
+
+Each knows its memory, the kernels that its programs are made of, and what runs launches there.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import jax
+
+from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig
+from duetjax.host import free_host_memory, host_memory
+from duetjax.model import layers
+from duetjax.model.kv_pages import Kernels
+from duetjax.policy.launch import Executor, Launch, Program, Split, StepResult
+from duetjax.runtime import host_kernels
+from duetjax.runtime.compiler import Compiler
+from duetjax.runtime.executor import Executables, JaxDevice
+from duetjax.runtime.host_lanes import HostLanes
+from duetjax.runtime.in_order import InOrder
+from duetjax.runtime.memory import PAGE_STEP
+from duetjax.runtime.programs import Key, Leaves, Programs
+from duetjax.runtime.rungs import NoRung, Rung, open_lanes
+from duetjax.runtime.store import ProgramStore, default_folder
+from duetjax.runtime.target import Target, check_options, local_target
+from pallas_kernels import xla, xla_fixed
+
+_log = logging.getLogger(__name__)
+
+_OUTPUT_BYTES = 256 * 2**20
+"""For what programs put out, and for what XLA's allocator cannot use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What programs are made of. in_pool: KV pages lie outside XLA."""
+
+    kernels: Kernels
+    product: layers.Product = layers.product
+    in_pool: bool = False
+
+
+class Runner(Executor, Protocol):
+    """An executor that can run a step before it is started."""
+
+    def run(self, launch: Launch) -> StepResult:
+        """Runs a launch of one step and waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Programs that can run, and what they need. temporaries: bytes of each, while it runs."""
+
+    programs: Programs
+    executables: Executables
+    temporaries: Mapping[Key, int]
+    weights: Leaves
+
+
+class Device(Protocol):
+    """Where an engine runs. memory, free: bytes, all that may be taken and what nobody has."""
+
+    target: Target
+    is_host: bool
+
+    @property
+    def memory(self) -> int: ...  # noqa: D102
+
+    @property
+    def free(self) -> int: ...  # noqa: D102
+
+    def parts(self, config: ModelConfig, dtype: str) -> Parts:
+        """Of a model's programs; raises `ConfigError` if --backend asks for what cannot be."""
+
+    def temporaries(self, programs: Programs) -> int:
+        """Bytes that the lanes' largest programs need, as far as that is known before `Ready`."""
+
+    def run(
+        self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
+    ) -> Runner:
+        """What runs launches, with memory for the KV pages.
+
+        splits: those that may be asked for, the most useful one first. told: as in `open_lanes`.
+        """
+
+    @property
+    def rung(self) -> Rung:
+        """How launches run; once they can."""
+
+
+def find_device(engine: EngineConfig) -> Device:
+    """The default device of jax; tells XLA and CUDA what they must know before they start."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{engine.gpu_memory_utilization}")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every lane's stream
+    target = local_target()
+    if target.compiler_options:
+        check_options(target)
+    return Host(engine, target) if target.platform == "cpu" else Gpu(engine, target)
+
+
+class Host:
+    """The processor."""
+
+    is_host = True
+
+    def __init__(self, engine: EngineConfig, target: Target) -> None:
+        self.target = target
+        self._backend = engine.backend
+        self.rung = Rung.JAX
+
+    @property
+    def memory(self) -> int:
+        """See `Device`."""
+        return host_memory()
+
+    @property
+    def free(self) -> int:
+        """See `Device`."""
+        return free_host_memory()
+
+    def parts(self, config: ModelConfig, dtype: str) -> Parts:
+        """See `Device`."""
+        if self._backend == Backend.JAX:
+            return Parts(xla)
+        reason = host_kernels.why_not(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+        if reason is None:
+            _log.info("launches run in lanes, beside each other where the policy says so")
+            host_kernels.register()
+            return Parts(host_kernels, host_kernels.product, in_pool=True)
+        if self._backend == Backend.LANES:
+            raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
+        _log.warning("launches are plain JAX calls, one after another: %s", reason)
+        return Parts(xla)
+
+    def temporaries(self, programs: Programs) -> int:
+        """See `Device`; the host has room for them."""
+        return 0
+
+    def run(
+        self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
+    ) -> Runner:
+        """See `Device`; threads share all cores, so splits are not asked for."""
+        programs = ready.programs
+        if not programs.layout.in_pool:
+            return InOrder(JaxDevice(programs, ready.executables, ready.weights))
+        self.rung = Rung.LANES
+        pool = host_kernels.open_pool(programs.layout)
+        return HostLanes(programs, ready.executables, ready.weights, pool)
+
+
+class Gpu:
+    """An NVIDIA GPU, with as much of its memory as XLA has been given."""
+
+    is_host = False
+
+    def __init__(self, engine: EngineConfig, target: Target) -> None:
+        self.target = target
+        self._backend = engine.backend
+        self.rung = Rung.JAX
+
+    @property
+    def memory(self) -> int:
+        """See `Device`."""
+        return self._statistics()["bytes_limit"]
+
+    @property
+    def free(self) -> int:
+        """See `Device`."""
+        statistics = self._statistics()
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+
+    def parts(self, config: ModelConfig, dtype: str) -> Parts:
+        """See `Device`; the kernels visit the longest context's keys for every row."""
+        return Parts(xla if self._backend == Backend.JAX else xla_fixed)
+
+    def temporaries(self, programs: Programs) -> int:
+        """See `Device`; by compiling the largest programs for few pages, which change nothing."""
+        few = programs.with_pages(PAGE_STEP)
+        keys = [
+            (Program.DECODE, programs.buckets.decode[-1]),
+            (Program.PREFILL, programs.buckets.prefill[-1]),
+        ]
+        compiler = Compiler(self.target, ProgramStore(default_folder()))
+        compiled = compiler.compile((key, partial(few.lower, key)) for key in keys)
+        return _OUTPUT_BYTES + sum(program.facts.temp_bytes for _, program in compiled)
+
+    def run(
+        self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
+    ) -> Runner:
+        """See `Device`. Raises `ConfigError` if lanes were asked for and cannot be."""
+        programs, executables, temporaries, weights = (
+            ready.programs,
+            ready.executables,
+            ready.temporaries,
+            ready.weights,
+        )
+        if self._backend == Backend.JAX:
+            return InOrder(JaxDevice(programs, executables, weights))
+        reason = "the launcher has not been built; install a C compiler, then duetjax anew"
+        if programs.target.has_marker:
+            try:
+                lanes, self.rung = open_lanes(
+                    programs, executables, weights, temporaries, splits, built=told
+                )
+            except NoRung as error:
+                reason = str(error)
+            else:
+                _log.info("launches run as %s on %d splits", self.rung, len(lanes.splits))
+                return lanes
+        if self._backend == Backend.LANES:
+            raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
+        _log.warning("launches are plain JAX calls, one after another: %s", reason)
+        return InOrder(JaxDevice(programs, executables, weights))
+
+    def _statistics(self) -> Mapping[str, int]:
+        statistics: Mapping[str, int] | None = jax.devices()[0].memory_stats()
+        assert statistics is not None, "XLA's GPU client counts its memory"
+        return statistics
