@@ -33,7 +33,6 @@ from duetjax.devices import Device, Ready, find_device
 from duetjax.engine import EngineClient
 from duetjax.model.decoder import Definition
 from duetjax.planning import make_planning, read_profiles, wanted_splits
-from duetjax.policy.launch import Program
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler
@@ -147,7 +146,7 @@ def build_engine(
     shapes = shape_profile(source.name, source.config, programs)
     profiles = read_profiles(engine, shapes)
     weights = _load_weights(source, programs, load_format, engine.seed)
-    ready = _compile(programs, memory, engine, programs.definition.ordered(weights))
+    ready = _compile(programs, device, memory, engine, programs.definition.ordered(weights))
     with _GraphBar() as bar:
         executor = device.run(ready, wanted_splits(engine, profiles), bar.show)
     if profiles is not None and profiles.model is shapes:
@@ -192,7 +191,7 @@ def _plan(
     memory = replace(
         memory,
         slots=lanes * programs.slots.num_bytes,
-        temporaries=device.temporaries(programs),
+        temporaries=device.foreseen(programs),
     )
     programs, plan = lay_out()
     check_context(config, plan.max_model_len)
@@ -284,7 +283,11 @@ def _load_weights(
 
 
 def _compile(
-    programs: Programs, memory: DeviceMemory, engine: EngineConfig, weights: Leaves
+    programs: Programs,
+    device: Device,
+    memory: DeviceMemory,
+    engine: EngineConfig,
+    weights: Leaves,
 ) -> Ready:
     """Every program's executable; refuses before anything is allocated if they need too much."""
     started, count = time.perf_counter(), len(programs.buckets) + len(Upkeep)
@@ -303,9 +306,7 @@ def _compile(
         time.perf_counter() - started,
         compiler.num_compiled,
     )
-    most = [
-        max(size for (kind, _), size in temporaries.items() if kind is each) for each in Program
-    ]
-    most_needed = replace(memory, temporaries=max(memory.temporaries, sum(most)))
-    kv_bytes(engine, most_needed, on_host=programs.target.platform == "cpu")
+    needed = replace(memory, temporaries=device.needed(temporaries))
+    pool = programs.layout.num_pages * programs.layout.page_bytes
+    kv_bytes(replace(engine, kv_cache_memory_bytes=pool), needed, on_host=device.is_host)
     return Ready(programs, executables, temporaries, weights)

@@ -76,8 +76,11 @@ class Device(Protocol):
     def parts(self, config: ModelConfig, dtype: str) -> Parts:
         """Of a model's programs; raises `ConfigError` if --backend asks for what cannot be."""
 
-    def temporaries(self, programs: Programs) -> int:
-        """Bytes that the lanes' largest programs need, as far as that is known before `Ready`."""
+    def foreseen(self, programs: Programs) -> int:
+        """Bytes that `needed` will come to; 0 where there is room for it anyway."""
+
+    def needed(self, temporaries: Mapping[Key, int]) -> int:
+        """Bytes for the temporaries of all programs, as they run here."""
 
     def run(
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
@@ -90,6 +93,10 @@ class Device(Protocol):
     @property
     def rung(self) -> Rung:
         """How launches run; once they can."""
+
+
+def _of_kind(temporaries: Mapping[Key, int], wanted: Program) -> list[int]:
+    return [size for (kind, _), size in temporaries.items() if kind is wanted]
 
 
 def find_device(engine: EngineConfig) -> Device:
@@ -136,9 +143,13 @@ class Host:
         _log.warning("launches are plain JAX calls, one after another: %s", reason)
         return Parts(xla)
 
-    def temporaries(self, programs: Programs) -> int:
-        """See `Device`; the host has room for them."""
+    def foreseen(self, programs: Programs) -> int:
+        """See `Device`."""
         return 0
+
+    def needed(self, temporaries: Mapping[Key, int]) -> int:
+        """See `Device`; two programs run at once."""
+        return sum(max(_of_kind(temporaries, kind)) for kind in Program)
 
     def run(
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
@@ -177,16 +188,25 @@ class Gpu:
         """See `Device`; the kernels visit the longest context's keys for every row."""
         return Parts(xla if self._backend == Backend.JAX else xla_fixed)
 
-    def temporaries(self, programs: Programs) -> int:
-        """See `Device`; by compiling the largest programs for few pages, which change nothing."""
-        few = programs.with_pages(PAGE_STEP)
-        keys = [
-            (Program.DECODE, programs.buckets.decode[-1]),
-            (Program.PREFILL, programs.buckets.prefill[-1]),
-        ]
+    def foreseen(self, programs: Programs) -> int:
+        """See `Device`; by compiling the largest programs for few pages, which change nothing.
+
+        Decode buckets double and prefill buckets quadruple, on two lanes, so all of them together
+        need 2 and 8/3 times as much.
+        """
+        few, buckets = programs.with_pages(PAGE_STEP), programs.buckets
+        keys = [(Program.DECODE, buckets.decode[-1]), (Program.PREFILL, buckets.prefill[-1])]
         compiler = Compiler(self.target, ProgramStore(default_folder()))
         compiled = compiler.compile((key, partial(few.lower, key)) for key in keys)
-        return _OUTPUT_BYTES + sum(program.facts.temp_bytes for _, program in compiled)
+        decode, prefill = (program.facts.temp_bytes for _, program in compiled)
+        return _OUTPUT_BYTES + 2 * decode + 3 * prefill
+
+    def needed(self, temporaries: Mapping[Key, int]) -> int:
+        """See `Device`; every recording keeps its own, prompts' on both lanes."""
+        decode, prefill = (
+            sum(_of_kind(temporaries, kind)) for kind in (Program.DECODE, Program.PREFILL)
+        )
+        return _OUTPUT_BYTES + decode + 2 * prefill
 
     def run(
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]

@@ -28,8 +28,8 @@ class MemoryPlan:
 class DeviceMemory:
     """Bytes of the device: all that may be taken, and what others than the KV pool take of it.
 
-    temporaries: of the largest decode and the largest prefill program together, as the two lanes
-    run at once; by a compile, they do not depend on the page count. slots: tables and counts.
+    temporaries: what programs need while they run, or keep when they have been recorded; by a
+    compile, it does not depend on the page count. slots: tables and counts.
     """
 
     total: int

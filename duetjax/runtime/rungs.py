@@ -73,7 +73,7 @@ def open_lanes(
         except _launcher.DeviceDead:
             raise
         except (_launcher.LauncherError, MemoryError, jax.errors.JaxRuntimeError) as error:
-            _log.warning("launches cannot run as %s: %s", rung, error)
+            _log.warning("launches cannot run as %s: %s", rung, str(error))  # not its frames
             reasons.append(f"{rung}: {error}")
         gc.collect()  # what has failed makes room
     raise NoRung("; ".join(reasons))

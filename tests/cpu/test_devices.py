@@ -57,9 +57,11 @@ def planned(gpu, monkeypatch):
     return lambda **engine: plan(gpu(), **engine)
 
 
-def test_a_gpu_s_plan_counts_slots_and_the_largest_temporaries_of_both_lanes(planned):
+def test_a_gpu_s_plan_counts_slots_and_what_recordings_keep(gpu, planned):
     programs, memory, made = planned()
-    assert memory.temporaries == devices._OUTPUT_BYTES + 1000 + 5000
+    assert memory.temporaries == devices._OUTPUT_BYTES + 2 * 1000 + 3 * 5000
+    each = {(kind, 2**i): 100 for kind in Program for i in range(3)}
+    assert gpu().needed(each) == devices._OUTPUT_BYTES + 3 * 100 + 2 * 3 * 100
     assert memory.slots == programs.slots.num_bytes
     assert made.layout.num_pages == 4 * 4 + 1, "no more than 4 full contexts need"
     assert programs.target.has_marker
