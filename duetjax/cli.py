@@ -228,6 +228,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=default.backend,
         help="what runs launches: lanes (beside each other), jax (plain calls) or auto",
     )
+    group.add_argument(
+        "--kernels", default=default.kernels, help="attention on a GPU: mosaic, xla or auto"
+    )
 
 
 def _max_model_len(text: str) -> int | None:
@@ -454,6 +457,8 @@ def _doctor(_args: argparse.Namespace) -> int:
     print(f"devices      {', '.join(map(str, jax.devices()))} ({os.cpu_count()} cores)")
     print(f"launcher     {_launcher_status()}")
     print(f"launches     {_rung()}")
+    if jax.devices()[0].platform != "cpu":
+        print(f"kernels      {_kernels()}")
     print(f"presets      {', '.join(preset_names())}")
     print(f"demo         {resolve_model(None).folder}")
     return 0
@@ -471,6 +476,16 @@ def _rung() -> str:
     if reason is not None:
         return f"plain JAX calls, one after another: {reason}"
     return "in lanes, beside each other where the policy says so"
+
+
+def _kernels() -> str:
+    """What would attend to the pages of a usual model here, and why."""
+    from duetjax.devices import capability
+    from pallas_kernels.choice import ModelShapes, choose
+
+    usual = ModelShapes(32, 8, head_dim=128, page_size=64, dtype="bfloat16")
+    choice = choose(capability(), usual)
+    return f"{choice.name}: {choice.why} (32 heads of 128 on 8, pages of 64 in bfloat16)"
 
 
 def _launcher_status() -> str:

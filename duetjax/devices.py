@@ -28,6 +28,7 @@ from duetjax.runtime.rungs import NoRung, Rung, open_lanes
 from duetjax.runtime.store import ProgramStore, default_folder
 from duetjax.runtime.target import Target, check_options, local_target
 from pallas_kernels import xla, xla_fixed
+from pallas_kernels.choice import Asked, ModelShapes, choose
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +96,18 @@ class Device(Protocol):
         """How launches run; once they can."""
 
 
+def capability() -> str | None:
+    """The default device's compute capability, as "9.0"; None where it has none."""
+    found: str | None = getattr(jax.devices()[0], "compute_capability", None)
+    return found
+
+
+def _asked(engine: EngineConfig) -> Asked:
+    if engine.kernels not in list(Asked):
+        raise ConfigError(f"--kernels {engine.kernels}: choose {', '.join(Asked)}")
+    return Asked(engine.kernels)
+
+
 def _of_kind(temporaries: Mapping[Key, int], wanted: Program) -> list[int]:
     return [size for (kind, _), size in temporaries.items() if kind is wanted]
 
@@ -118,6 +131,8 @@ class Host:
         self.target = target
         self._backend = engine.backend
         self.rung = Rung.JAX
+        if _asked(engine) is Asked.MOSAIC:
+            raise ConfigError("--kernels mosaic: not on a processor; leave it out")
 
     @property
     def memory(self) -> int:
@@ -171,6 +186,8 @@ class Gpu:
     def __init__(self, engine: EngineConfig, target: Target) -> None:
         self.target = target
         self._backend = engine.backend
+        self._asked = _asked(engine)
+        self._page_size = engine.page_size
         self.rung = Rung.JAX
 
     @property
@@ -185,8 +202,16 @@ class Gpu:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
 
     def parts(self, config: ModelConfig, dtype: str) -> Parts:
-        """See `Device`; the kernels visit the longest context's keys for every row."""
-        return Parts(xla if self._backend == Backend.JAX else xla_fixed)
+        """See `Device`; what is recorded must not look at values, as plain XLA's kernels do."""
+        heads = config.num_heads, config.num_kv_heads
+        shapes = ModelShapes(*heads, config.head_dim, self._page_size, dtype)
+        try:
+            choice = choose(capability(), shapes, self._asked)
+        except ValueError as error:
+            raise ConfigError(f"--kernels {self._asked}: {error}") from None
+        _log.info("kernels: %s (%s)", choice.name, choice.why)
+        xlas = xla if self._backend == Backend.JAX else xla_fixed
+        return Parts(choice.mosaic or xlas)
 
     def foreseen(self, programs: Programs) -> int:
         """See `Device`; by compiling the largest programs for few pages, which change nothing.

@@ -19,9 +19,11 @@ from duetjax.runtime.memory import PAGE_STEP
 from duetjax.runtime.rungs import NoRung, Rung
 from duetjax.runtime.target import absent_gpu
 from pallas_kernels import xla, xla_fixed
+from pallas_kernels.mosaic import MosaicKernels
 
 GIB = 2**30
 MODEL = ModelConfig.from_hf(tiny.CONFIGS["qwen3"])
+WIDE = ModelConfig.from_hf({**tiny.CONFIGS["qwen3"], "head_dim": 128})
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
 
 
@@ -86,6 +88,21 @@ def test_a_plan_that_others_memory_has_no_room_for_is_refused(planned, monkeypat
 )
 def test_plain_jax_calls_may_look_at_values_and_what_is_replayed_may_not(gpu, backend, kernels):
     assert gpu(backend=backend).parts(MODEL, "float32").kernels is kernels
+
+
+def test_hopper_gets_kernels_of_our_own_unless_xla_s_are_asked_for(gpu, monkeypatch):
+    monkeypatch.setattr(devices, "capability", lambda: "9.0")
+    assert isinstance(gpu().parts(WIDE, "bfloat16").kernels, MosaicKernels)
+    assert gpu(kernels="xla").parts(WIDE, "bfloat16").kernels is xla_fixed
+    with pytest.raises(ConfigError, match=r"--kernels mosaic: .*float32"):
+        gpu(kernels="mosaic").parts(WIDE, "float32")
+
+
+def test_kernels_that_nobody_has_are_refused_by_name(gpu):
+    with pytest.raises(ConfigError, match="--kernels fast: choose auto, xla, mosaic"):
+        gpu(kernels="fast")
+    with pytest.raises(ConfigError, match="not on a processor"):
+        find_device(EngineConfig(kernels="mosaic"))
 
 
 @pytest.fixture

@@ -1,0 +1,102 @@
+"""Paged attention and KV writes in Pallas on Mosaic GPU, for NVIDIA Hopper.
+
+The interface and its meaning are those of `pallas_kernels.xla`; prefill still is XLA's. Every
+kernel is lowered once per program, whatever the number of layers: jit gives all calls of one shape
+the same text, and XLA assembles equal kernels once.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import xla_fixed
+from pallas_kernels.combine import combine
+from pallas_kernels.decode import decode_chunks
+from pallas_kernels.shapes import FP8, PLAIN_SCORES, Scores, Sizes, Tuning
+from pallas_kernels.work_list import work_list
+from pallas_kernels.write import write_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class MosaicKernels:
+    """Kernels of one model on one GPU.
+
+    own_write: keys and values are written by a kernel of ours. It is not the default, since XLA
+    puts rope, the norm of k and its scatter into one: two launches fewer per layer.
+    interpreted: see `Sizes`; for tests on a processor.
+    """
+
+    tuning: Tuning
+    scores: Scores = PLAIN_SCORES
+    own_write: bool = False
+    interpreted: bool = False
+
+    def write_kv(
+        self, pages: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, slot: jax.Array, /
+    ) -> jax.Array:
+        """See `pallas_kernels.xla.write_kv`."""
+        write = _write if self.own_write else xla_fixed.write_kv
+        return write(pages, k, v, page, slot)
+
+    def decode_attention(
+        self, q: jax.Array, pages: jax.Array, page_table: jax.Array, lengths: jax.Array, /
+    ) -> jax.Array:
+        """See `pallas_kernels.xla.decode_attention`; rows of length 0 cost nothing, and get 0."""
+        return self.decode_with_lse(q, pages, page_table, lengths)[0]
+
+    def decode_with_lse(
+        self,
+        q: jax.Array,
+        pages: jax.Array,
+        page_table: jax.Array,
+        lengths: jax.Array,
+        scales: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`decode_attention`, and the scores' log-sum-exp [B, H] float32: -inf for length 0.
+
+        scales [P, K, 2] float32: of pages in fp8, whose values are multiples of them.
+        """
+        if (scales is None) == (pages.dtype.name == FP8):
+            raise ValueError(f"pages of {pages.dtype} with scales {scales}; fp8 alone has scales")
+        sizes = Sizes.of(
+            q, pages, page_table, self.tuning, self.scores, interpreted=self.interpreted
+        )
+        out, lse = _decode(q, pages, page_table, lengths, scales, sizes)
+        return out, lse
+
+    def prefill_attention(
+        self,
+        q: jax.Array,
+        pages: jax.Array,
+        page_table: jax.Array,
+        row_offsets: jax.Array,
+        cached_lengths: jax.Array,
+        /,
+    ) -> jax.Array:
+        """See `pallas_kernels.xla.prefill_attention`."""
+        return xla_fixed.prefill_attention(q, pages, page_table, row_offsets, cached_lengths)
+
+
+@jax.jit
+def _write(
+    pages: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, slot: jax.Array
+) -> jax.Array:
+    return write_tokens(pages, k, v, page, slot)
+
+
+@partial(jax.jit, static_argnums=5)
+def _decode(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    scales: jax.Array | None,
+    sizes: Sizes,
+) -> tuple[jax.Array, jax.Array]:
+    lengths = jnp.clip(lengths, 0, page_table.shape[1] * sizes.page_size)
+    work = work_list(lengths, sizes.chunks)
+    means, log_sums = decode_chunks(q, pages, page_table, lengths, work, sizes, scales)
+    out, lse = combine(means, log_sums, lengths, sizes, q.dtype)
+    return out, lse

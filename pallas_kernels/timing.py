@@ -1,0 +1,82 @@
+"""How long kernels take on the default device, and what copying takes there."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cost import Heads, decode_cost
+from pallas_kernels.mosaic import MosaicKernels
+
+CALLS = 16
+"""Calls per timed run, each waiting for the one before: the host's part is spread over them."""
+
+COLD_BYTES = 2**28
+"""KV that calls go round, if a call has less: several times any L2."""
+
+COPIED_BYTES = 2**31
+_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Decode attention of B rows with so many keys each. dtype: of everything."""
+
+    rows: int
+    context: int
+    heads: Heads
+    page_size: int
+    dtype: str
+
+    @property
+    def num_bytes(self) -> float:
+        """What it must move; see `decode_cost`."""
+        return decode_cost([self.context] * self.rows, self.heads).num_bytes
+
+    def operands(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Random q, pages, page table and lengths; rows' pages are shuffled."""
+        H, K, D, _ = self.heads
+        width = -(-self.context // self.page_size)
+        count = self.rows * width + 1  # page 0 is nobody's
+        keys = jax.random.split(jax.random.key(seed), 3)
+        q = jax.random.normal(keys[0], (self.rows, H, D), jnp.float32).astype(self.dtype)
+        shape = (count, K, 2, self.page_size, D)
+        pages = jax.random.normal(keys[1], shape, self.dtype)
+        table = 1 + jax.random.permutation(keys[2], count - 1).reshape(self.rows, width)
+        lengths = jnp.full(self.rows, self.context, jnp.int32)
+        return q, pages, table.astype(jnp.int32), lengths
+
+
+def decode_seconds(kernels: MosaicKernels, load: Workload, calls: int = CALLS) -> float:
+    """Seconds of one call of `decode_attention`, the shortest of a few runs."""
+    q, pages, table, lengths = load.operands()
+    others = min(int(COLD_BYTES // load.num_bytes), calls - 1)
+    pools = [pages, *(pages.copy() for _ in range(others))]
+
+    @jax.jit
+    def run(q: jax.Array, pools: list[jax.Array]) -> jax.Array:
+        for call in range(calls):
+            q = kernels.decode_attention(q, pools[call % len(pools)], table, lengths)
+        return q
+
+    return shortest(lambda: run(q, pools)) / calls
+
+
+def copy_bytes_per_s(num_bytes: int = COPIED_BYTES) -> float:
+    """Bytes read and written per second by a copy of so many bytes."""
+    source = jnp.zeros(num_bytes // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)  # a plain copy would be no kernel
+    return 2 * num_bytes / shortest(lambda: copy(source))
+
+
+def shortest(run: Callable[[], jax.Array]) -> float:
+    """Seconds of the shortest of a few runs; the first one, which compiles, does not count."""
+    run().block_until_ready()
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        run().block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,43 @@
+"""Matrices in shared memory, and products of a warpgroup, as wgmma wants them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.shapes import WGMMA_ROWS, Ref
+
+_SUMS: Any = plgpu.WGMMAAccumulatorRef
+
+
+def matrix(shape: tuple[int, ...], dtype: str) -> Any:  # noqa: ANN401
+    """Scratch of matrices, the last two dimensions of the shape, tiled and swizzled."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(width for width in (128, 64, 32) if shape[-1] * itemsize % width == 0)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+    return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, swizzling))
+
+
+def product(a: Ref, b: Ref, columns: int) -> jax.Array:
+    """a [64, n] @ b [n, columns] in float32, both in shared memory."""
+
+    def run(sums: Ref) -> jax.Array:
+        plgpu.wgmma(sums, a, b)
+        done: jax.Array = sums[...]
+        return done
+
+    found: jax.Array = pl.run_scoped(run, _SUMS((WGMMA_ROWS, columns), jnp.float32))
+    return found
+
+
+def plus_product(sums: jax.Array, a: jax.Array, b: Ref, index: tuple[Any, ...]) -> jax.Array:
+    """sums + a @ b[index], a and the sums in registers; not for the interpreter."""
+
+    def add(ref: Ref) -> None:
+        plgpu.wgmma(ref, a, b.at[index])
+
+    done: jax.Array = pl.run_state(add)(_SUMS.init(sums))
+    return done

@@ -1,0 +1,74 @@
+"""Which chunks of which rows a decode step attends to: a flat list that a constant grid drains.
+
+A row's keys are cut into chunks of a fixed number of tokens, from position 0 on. Where the cuts are
+follows from shapes alone, so that a row's bits depend on no other row, on no batch and on no number
+of multiprocessors. Rows without keys have no chunks and cost nothing.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MOST_CHUNKS = 32
+"""Chunks per row at most: bounds the memory for partial results."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The cuts. tokens: per chunk, a power of two. per_row: chunks of the longest row.
+
+    window: how many keys a query sees, its own included; None: all of them.
+    """
+
+    tokens: int
+    per_row: int
+    window: int | None = None
+
+    @classmethod
+    def of(cls, most_tokens: int, least_chunk: int, window: int | None = None) -> "Chunks":
+        """The cuts for rows of up to `most_tokens`: `least_chunk`, or longer for long rows."""
+        tokens = least_chunk
+        while tokens * MOST_CHUNKS < most_tokens:
+            tokens *= 2
+        return cls(tokens, -(-most_tokens // tokens), window)
+
+    def first_key(self, length: jax.Array) -> jax.Array:
+        """The first position that the last query of a row of this length sees."""
+        if self.window is None:
+            return jnp.zeros_like(length)
+        return jnp.maximum(length - self.window, 0)
+
+    def bounds(self, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First chunk with keys that are seen, and the chunk behind the last; equal if none."""
+        behind = (length + self.tokens - 1) // self.tokens
+        return self.first_key(length) // self.tokens, behind
+
+
+class WorkList(NamedTuple):
+    """One item per chunk with keys, rows in order.
+
+    items [B * per_row] int32: row * per_row + chunk, which also is where its partial result goes;
+    total [1] int32: how many of them count.
+    """
+
+    items: jax.Array
+    total: jax.Array
+
+
+def work_list(lengths: jax.Array, chunks: Chunks) -> WorkList:
+    """Work of rows of these lengths [B]; a few small fusions, shared by all layers of a step.
+
+    Sums and searches are comparisons with everything: on a GPU quicker than their scans.
+    """
+    B = lengths.shape[0]
+    first, behind = chunks.bounds(lengths)
+    row = jnp.arange(B)
+    counts = behind - first
+    ends = jnp.sum(jnp.where(row <= row[:, None], counts, 0), axis=1)
+    item = jnp.arange(B * chunks.per_row)
+    owner = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), B - 1)
+    chunk = first[owner] + item - (ends - counts)[owner]
+    items = (owner * chunks.per_row + chunk).astype(jnp.int32)
+    return WorkList(items, ends[-1:].astype(jnp.int32))

@@ -1,0 +1,119 @@
+"""Faults planted in the decode kernel and its operands: each must be seen by what tests look at."""
+
+from unittest.mock import patch
+
+import jax
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from paged_case import QUICK, RELATIVE_ERROR, Case, interpreter, relative_errors
+
+from pallas_kernels import combine, decode
+from pallas_kernels.shapes import PLAIN_SCORES, Sizes, Tuning
+from pallas_kernels.work_list import work_list
+
+TUNING = Tuning(chunk=256, step=64, stages=2, blocks=2)
+CASE = Case.random([130, 390], seed=7)
+
+
+def attention(q, pages, table, lengths):
+    sizes = Sizes.of(q, pages, table, TUNING, PLAIN_SCORES, interpreted=True)
+    work = work_list(lengths, sizes.chunks)
+    parts = decode.decode_chunks(q, pages, table, lengths, work, sizes)
+    return combine.combine(*parts, lengths, sizes, q.dtype)[0]
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return jax.jit(attention, compiler_options=QUICK)
+
+
+def run(attention, operands=CASE.operands):
+    """Largest relative error of an output against float64, and whether a race was found."""
+    with interpreter() as has_raced:
+        out = jax.block_until_ready(attention(*operands))
+        return relative_errors(out, CASE.dense()[0]).max(), has_raced()
+
+
+def run_faulty():
+    """`run` of the kernel as it has been changed since."""
+    return run(jax.jit(lambda *operands: attention(*operands), compiler_options=QUICK))
+
+
+def test_the_kernel_without_a_fault_is_not_accused(sound):
+    error, has_raced = run(sound)
+    assert error < RELATIVE_ERROR["bfloat16"]
+    assert not has_raced
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        pytest.param(CASE.with_other(pages=CASE.pages[:, :, ::-1]), id="keys and values swapped"),
+        pytest.param(CASE.with_other(table=CASE.table + 1), id="a page off by one"),
+        pytest.param(CASE.with_other(table=CASE.table[:, ::-1]), id="pages in another order"),
+        pytest.param(CASE.with_other(lengths=CASE.lengths + 1), id="a key too many"),
+        pytest.param(CASE.with_other(lengths=CASE.lengths - 1), id="a key too few"),
+    ],
+)
+def test_operands_that_are_off_are_noticed(faulty, sound):
+    error, _ = run(sound, faulty.operands)
+    assert not error < 4 * RELATIVE_ERROR["bfloat16"], error  # NaN is noticed too
+
+
+class EarlyRelease(decode._Block):
+    """Refills a slot before the product that reads its values, not after."""
+
+    def plus_weighted(self, *arguments):
+        self.load(*self.next)
+        return super().plus_weighted(*arguments)
+
+    def attend(self, unit):
+        self.next = None
+        super().attend(unit)
+
+    def step(self, unit, j, slot, state):
+        ahead = j + self.sizes.tuning.stages
+        self.next = (unit, ahead, slot, self.page_ids(unit, ahead))
+        self.refills = 0
+        return super().step(unit, j, slot, state)
+
+    def load(self, *arguments):
+        if self.next is not None:  # in the loop: the first call refills, the kernel's own does not
+            self.refills += 1
+            if self.refills > 1:
+                return
+        super().load(*arguments)
+
+
+class MissingCommit(decode._Block):
+    """Hands a result to TMA that it may not see yet."""
+
+    def store(self, unit, state):
+        with patch.object(plgpu, "commit_smem", lambda: None):
+            super().store(unit, state)
+
+
+class MissingWait(decode._Block):
+    """Does not wait for what it loads."""
+
+    def attend(self, unit):
+        with patch.object(plgpu, "barrier_wait", lambda barrier: None):
+            super().attend(unit)
+
+
+def test_a_slot_released_too_early_is_noticed(monkeypatch):
+    monkeypatch.setattr(decode, "_Block", EarlyRelease)
+    error, has_raced = run_faulty()
+    assert has_raced, error
+
+
+def test_a_result_that_is_not_committed_is_noticed(monkeypatch):
+    monkeypatch.setattr(decode, "_Block", MissingCommit)
+    error, has_raced = run_faulty()
+    assert has_raced, error
+
+
+def test_a_load_that_is_not_waited_for_is_noticed(monkeypatch):
+    monkeypatch.setattr(decode, "_Block", MissingWait)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no threads observed phase"):
+        run_faulty()

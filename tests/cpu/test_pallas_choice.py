@@ -1,0 +1,147 @@
+"""Which kernels a GPU gets, the table of tunings, the work list, and what the kernels cost."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_profiles import small_hardware, small_model
+
+from duetjax.policy.launch import Program
+from duetjax.policy.roofline import Roofline
+from pallas_kernels.choice import Asked, ModelShapes, choose
+from pallas_kernels.cost import Heads, decode_cost, write_cost
+from pallas_kernels.shapes import DTYPES, HEAD_DIMS, PAGE_SIZES, Scores, Tuning, why_not
+from pallas_kernels.tuning import TABLE, Case, Entry, read_table, table_text, tuning_for
+from pallas_kernels.work_list import MOST_CHUNKS, Chunks, work_list
+
+LLAMA = ModelShapes(32, 8, 128, 64, "bfloat16")
+
+
+@pytest.mark.parametrize("capability", ["9.0", "9.0a"])
+def test_hopper_gets_mosaics_kernels_with_the_tables_tuning_and_its_source(capability):
+    choice = choose(capability, LLAMA)
+    entry = tuning_for(Case("sm_90", 128, 64, "bfloat16"))
+    assert choice.name is Asked.MOSAIC
+    assert choice.mosaic.tuning == entry.tuning
+    assert entry.date in choice.why
+    assert entry.source in choice.why
+
+
+@pytest.mark.parametrize(
+    ("capability", "shapes", "why"),
+    [
+        (None, LLAMA, "not an NVIDIA GPU"),
+        ("8.0", LLAMA, "compute capability 8.0"),
+        ("10.0a", LLAMA, "compute capability 10.0"),
+        ("9.0", ModelShapes(32, 8, 80, 64, "bfloat16"), "head_dim 80"),
+        ("9.0", ModelShapes(71, 1, 64, 64, "bfloat16"), "71 heads on 1 KV heads"),
+        ("9.0", ModelShapes(32, 8, 128, 64, "float32"), "pages of float32"),
+        ("9.0", ModelShapes(32, 8, 128, 64, "float8_e4m3fn"), "scales"),
+    ],
+)
+def test_others_get_xlas_kernels_and_are_told_why(capability, shapes, why):
+    choice = choose(capability, shapes)
+    assert choice.name is Asked.XLA
+    assert why in choice.why
+    with pytest.raises(ValueError, match=why):
+        choose(capability, shapes, Asked.MOSAIC)
+
+
+def test_xlas_kernels_can_be_asked_for_unless_the_scores_are_special():
+    assert choose("9.0", LLAMA, Asked.XLA).mosaic is None
+    with pytest.raises(ValueError, match="window=100"):
+        choose("9.0", LLAMA, Asked.XLA, Scores(window=100))
+
+
+def test_the_table_has_every_shape_that_the_kernel_takes_and_reads_back_as_written():
+    table = read_table(TABLE)
+    shapes = {(case.head_dim, case.page_size, case.dtype) for case in table}
+    assert shapes == {
+        (D, S, dtype)
+        for D in HEAD_DIMS
+        for S in PAGE_SIZES
+        for dtype in DTYPES
+        if why_not(8, 8, S, D, dtype) is None
+    }
+    assert TABLE.read_text() == table_text(table)
+    assert all(entry.date and entry.source for entry in table.values())
+
+
+@pytest.mark.parametrize("text", ["[", '[{"case": 1}]', '[{"case": {"a": 1}}]'])
+def test_a_table_that_is_none_is_refused(text, tmp_path):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match="is not a table of tunings"):
+        read_table(tmp_path / "table.json")
+
+
+def test_a_table_is_a_line_per_entry():
+    entry = Entry(Tuning(512, 64, 3, 264), "2026-11-21", "measured")
+    text = table_text({Case("sm_90", 128, 64, "float16"): entry})
+    assert len(text.splitlines()) == 3
+    assert json.loads(text)[0]["tuning"] == {"chunk": 512, "step": 64, "stages": 3, "blocks": 264}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (lambda: Tuning(500, 64, 2, 1), "a chunk is a power of two"),
+        (lambda: Tuning(64, 64, 2, 1), "a chunk is a power of two"),
+        (lambda: Tuning(512, 32, 2, 1), "a step"),
+        (lambda: Tuning(512, 64, 0, 1), "stages and blocks are 1 or more"),
+        (lambda: Scores(soft_cap=0.0), "caps and windows are positive"),
+        (lambda: Scores(window=0), "caps and windows are positive"),
+    ],
+)
+def test_tunings_and_scores_that_no_kernel_can_have_are_refused(wrong, what):
+    with pytest.raises(ValueError, match=what):
+        wrong()
+
+
+@given(
+    lengths=st.lists(st.integers(0, 1000), min_size=6, max_size=6),
+    window=st.sampled_from([None, 1, 100, 129, 1200]),
+)
+def test_the_work_list_has_every_chunk_with_keys_once_and_in_order(lengths, window):
+    chunks = Chunks.of(1000, 128, window)
+    items, total = jax.jit(work_list, static_argnums=1)(np.array(lengths, np.int32), chunks)
+    first = [0 if window is None else max(0, length - window) for length in lengths]
+    want = [
+        row * chunks.per_row + chunk
+        for row, length in enumerate(lengths)
+        for chunk in range(chunks.per_row)
+        if chunk * 128 < length and (chunk + 1) * 128 > first[row]
+    ]
+    assert int(total[0]) == len(want)
+    assert items[: len(want)].tolist() == want
+
+
+@given(most=st.integers(1, 2**20), least=st.sampled_from([128, 256, 512]))
+def test_chunks_cover_the_longest_row_and_are_few(most, least):
+    chunks = Chunks.of(most, least)
+    assert chunks.tokens >= least
+    assert (chunks.per_row - 1) * chunks.tokens < most <= chunks.per_row * chunks.tokens
+    assert chunks.per_row <= MOST_CHUNKS
+
+
+@given(lengths=st.lists(st.integers(1, 10_000), min_size=1, max_size=9), layers=st.integers(1, 80))
+def test_costs_are_those_of_the_roofline(lengths, layers):
+    heads = Heads(num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2)
+    shapes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=False))
+    model = small_model(num_layers=layers, dtype_bytes=2, **shapes)
+    roofline = Roofline(model, small_hardware())
+    rows = roofline.rows(1, np.array(lengths) - 1)
+    cost = decode_cost([*lengths, 0], heads)
+    assert rows.flops == pytest.approx(layers * cost.flops)
+    assert rows.num_bytes == pytest.approx(layers * cost.num_bytes)
+    [(_, with_writes), _] = roofline.parts(Program.PREFILL, 16, rows)
+    without = model.costs[Program.PREFILL, 16].bytes
+    writes = write_cost(len(lengths), heads)
+    assert with_writes - without == pytest.approx(layers * writes.num_bytes)
+
+
+def test_keys_that_a_window_hides_cost_nothing():
+    heads = Heads(num_heads=4, num_kv_heads=2, head_dim=64, itemsize=2)
+    assert decode_cost([1000, 5], heads, window=100) == decode_cost([100, 5], heads)
