@@ -37,7 +37,7 @@ check-native: $(VENV)/.installed-dev  ## the launcher's C against a fake driver,
 		$(MAKE) --no-print-directory -C tests/native check FULL=$(FULL) SITE="$$($(PY) -c \
 			'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
-gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake: without one; PYTHON= chooses
+gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake|host: without one; PYTHON= chooses
 	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results
 PYTHON ?= python3
 BACKEND ?= cuda

@@ -1,12 +1,13 @@
 """Whether a GPU does what the launcher relies on, item by item, and what it costs.
 
-    python benchmarks/gpu_check.py [--backend cuda|fake] [--out DIR] [--only ITEM,...] [--list]
+    python benchmarks/gpu_check.py [--backend cuda|fake|host] [--out DIR] [--only ITEM,...] [--list]
 
 Each item runs in a process of its own under a time limit, so that one that hangs or crashes costs
 only itself, and prints a line PASS, FAIL or SKIP with its figures. DIR/<gpu>/launcher.json has all
 of it and is renewed after every item. Last line: one JSON document. Exits with 1 if an item failed.
-Needs jax, flax, numpy, gcc, Python's headers and the CUDA driver; --backend fake needs no GPU and
-runs what needs no JAX against the driver's double.
+Needs jax, flax, numpy, ml_dtypes, gcc, Python's headers and the CUDA driver. Without a GPU:
+--backend fake runs what needs no XLA on one against the driver's double, --backend host what lanes
+on a processor can show; their figures mean nothing.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from gpu.running import Runner  # noqa: E402
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=("cuda", "fake"), default="cuda")
+    parser.add_argument("--backend", choices=("cuda", "fake", "host"), default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--only", metavar="ITEM,...", help="these items, in their usual order")
     parser.add_argument("--list", action="store_true", help="names the items and ends")
@@ -65,8 +66,7 @@ def main() -> int:
     args = parse()
     if args.list:
         for name, item in ITEMS.items():
-            where = "GPU" if item.needs_jax else "GPU or fake"
-            print(f"{name:5} {item.limit_s:4.0f} s  {where:11}  {item.about}")
+            print(f"{name:9} {item.limit_s:4.0f} s  {' '.join(item.backends):14}  {item.about}")
         return 0
     if args.absent:  # for D1: compiles with no GPU in sight
         from gpu.absent_item import compile_absent
@@ -74,7 +74,7 @@ def main() -> int:
         compile_absent(args.absent, args.answer)
         return 0
     if args.item:
-        carry_out(args.item, args.fake, args.launcher, args.answer)
+        carry_out(args.item, args.backend, args.fake, args.launcher, args.answer)
     with tempfile.TemporaryDirectory(prefix="duetjax-gpu-") as scratch:
         return check(args, Path(scratch))
 

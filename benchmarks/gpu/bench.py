@@ -1,5 +1,6 @@
 """What an item is given: the driver, the launcher, and where to write down what it finds."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ SPIN_CYCLES = 20_000
 BLOCKS, THREADS, SHARED = 2112, 64, 40_960
 """Of a probe: several times what fits on 132 SMs at once, so that none is left out."""
 
+SO_FAR = "so_far.json"
+"""What an item has found, in its folder: all there is if it hangs or crashes."""
+
 type Range = tuple[int, int, bool]
 
 
@@ -34,18 +38,21 @@ class Skip(Exception):
 class Bench:
     """Where an item works, and what it found.
 
-    scratch: a folder of the item's own. figures: what was measured. failures: what did not hold.
+    scratch: a folder of the item's own. backend: "cuda", "fake" or "host". figures: what was
+    measured. failures: what did not hold.
     """
 
     driver: Driver
     launcher: ModuleType
     scratch: Path
+    backend: str = "cuda"
     figures: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def note(self, **figures: Any) -> None:
         """Writes figures down, and prints them in case that the item does not come to its end."""
         self.figures.update(figures)
+        self._keep()
         print(" ".join(f"{name}={value}" for name, value in figures.items()), flush=True)
 
     def expect(self, holds: bool, otherwise: str) -> bool:
@@ -53,7 +60,13 @@ class Bench:
         if not holds:
             print(f"FAILED: {otherwise}", flush=True)
             self.failures.append(otherwise)
+            self._keep()
         return holds
+
+    def _keep(self) -> None:
+        so_far = {"figures": self.figures, "failures": self.failures}
+        text = json.dumps(so_far, default=str)
+        (self.scratch / SO_FAR).write_text(text, encoding="utf-8")
 
     def attempt(self, what: str, action: Callable[..., object], *arguments: object) -> None:
         """A part of an item whose failure must not hide the other parts' findings."""

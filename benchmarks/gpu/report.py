@@ -24,7 +24,7 @@ class Report:
     """Results of one device, kept in a file that is whole after every item."""
 
     def __init__(self, backend: str, out: Path, gpu: Mapping[str, Any], launcher: str) -> None:
-        slug = "fake" if backend == "fake" else slug_of(gpu["name"])
+        slug = slug_of(gpu["name"]) if backend == "cuda" else backend
         self._file = out / slug / "launcher.json"
         self._items: dict[str, dict[str, Any]] = {}
         self._head = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu.bench import SO_FAR
 from gpu.building import ROOT, build_fake, build_launcher
 from gpu.items import Outcome, find
 
@@ -36,6 +37,7 @@ class Runner:
     """
 
     def __init__(self, backend: str, build: Path, scratch: Path) -> None:
+        self._backend = backend
         self._fake = build_fake(build) if backend == "fake" else None
         self._launcher, self.launcher_origin = build_launcher(build)
         self._scratch = scratch
@@ -44,17 +46,18 @@ class Runner:
         """Runs an item under its own time limit or another."""
         item = find(name)
         assert item is not None, name
-        if item.needs_jax and self._fake is not None:
-            return Finding(Outcome.SKIP, 0.0, {}, ("needs JAX on a GPU",), ())
+        if self._backend not in item.backends:
+            return Finding(Outcome.SKIP, 0.0, {}, (_needs(item.backends),), ())
         folder = self._scratch / name
         folder.mkdir()
         answer, log = folder / "answer.json", folder / "log.txt"
         command = [sys.executable, "-X", "faulthandler", str(ROOT / "benchmarks/gpu_check.py")]
-        command += ["--item", name, "--launcher", str(self._launcher), "--answer", str(answer)]
+        command += ["--backend", self._backend, "--item", name]
+        command += ["--launcher", str(self._launcher), "--answer", str(answer)]
         if self._fake is not None:
             command += ["--fake", str(self._fake)]
         began = time.monotonic()
-        status = _run(command, log, limit_s or item.limit_s)
+        status = _run(command, log, limit_s or item.limit_s, self._environment())
         seconds = round(time.monotonic() - began, 1)
         tail = tuple(log.read_text("utf-8", errors="replace").splitlines()[-TAIL_LINES:])
         if answer.exists():
@@ -62,7 +65,26 @@ class Runner:
             outcome, failures = Outcome(found["outcome"]), tuple(found["failures"])
             kept = tail if outcome is Outcome.FAIL else ()
             return Finding(outcome, seconds, found["figures"], failures, kept)
-        return Finding(Outcome.FAIL, seconds, {}, (_why(status, seconds),), tail)
+        figures, failures = _so_far(folder)
+        return Finding(Outcome.FAIL, seconds, figures, (*failures, _why(status, seconds)), tail)
+
+    def _environment(self) -> dict[str, str]:
+        """Without a GPU what uses JAX runs on the processor."""
+        own = {} if self._backend == "cuda" else {"JAX_PLATFORMS": "cpu"}
+        return {**os.environ, "PYTHONUNBUFFERED": "1", **own}
+
+
+def _needs(backends: tuple[str, ...]) -> str:
+    return "needs JAX on a GPU" if backends == ("cuda",) else "needs a GPU or its double"
+
+
+def _so_far(folder: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """What an item found that did not come to its end."""
+    try:
+        found = json.loads((folder / SO_FAR).read_text("utf-8"))
+    except (OSError, ValueError):  # none yet, or ended while it was writing
+        return {}, ()
+    return found["figures"], tuple(found["failures"])
 
 
 def _why(status: int | None, seconds: float) -> str:
@@ -73,9 +95,10 @@ def _why(status: int | None, seconds: float) -> str:
     return f"ended with {status} and no answer"
 
 
-def _run(command: list[str], log: Path, limit_s: float) -> int | None:
+def _run(
+    command: list[str], log: Path, limit_s: float, environment: Mapping[str, str]
+) -> int | None:
     """The exit status; None if the time was up, which ends the process and all that it started."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

@@ -3,11 +3,10 @@
 In this order: allocate, run each program once, record it, check that nothing it addresses can move
 or is written by both lanes, build it on one split after another. After that XLA runs nothing.
 
-A recording goes on using the memory of XLA's temporaries when XLA has taken that back. So memory as
-large as the largest is held in its place, one piece per kind of program: the largest program is
-recorded first, and before each next one the piece is let go and taken again. Whether that came out
-right is not assumed but checked. Mixed launches use the prefill lane's piece, as they run when that
-lane is idle.
+A recording goes on using the memory of XLA's temporaries when XLA has taken that back. So as much
+is taken in its place at once, while XLA has no reason to choose another one. Whether that came out
+right is not assumed but checked. A piece is not let go for the next program to use: XLA would put
+the outputs of that one there first, and its temporaries behind them.
 """
 
 import gc
@@ -69,14 +68,14 @@ class XlaMemory:
 
 
 class _Capture(NamedTuple):
-    """A recorded program, and the arrays that are its lane's own. temporaries: bytes."""
+    """A recorded program, and the arrays that are its own. held: in its temporaries' place."""
 
     lane: Lane
     key: Key
     recording: "Recording"
     inputs: tuple[jax.Array, ...]
     outputs: tuple[jax.Array, ...]
-    temporaries: int
+    held: list[jax.Array]
 
 
 class Recorder:
@@ -110,7 +109,6 @@ class Recorder:
             Lane.DECODE: own,
             Lane.PREFILL: memory.put(np.asarray(own)),
         }
-        self._holds: dict[Program, list[jax.Array]] = {kind: [] for kind in Program}
 
     def record(self, splits: Mapping[Split, int], built: Progress) -> Recordings:
         """Everything recorded, checked and built, on as many splits as memory has room for.
@@ -122,10 +120,11 @@ class Recorder:
         for key in self._keys:
             self._run(key, Lane.DECODE, self._padding(key))
         captures = [
-            *self._record_kind(Program.DECODE, (Lane.DECODE,)),
-            *self._record_kind(Program.PREFILL, (Lane.WHOLE, Lane.PREFILL)),
+            self._record(key, lane)
+            for key in self._keys
+            for lane in ((Lane.DECODE,) if key[0] is Program.DECODE else (Lane.WHOLE, Lane.PREFILL))
         ]
-        self._check(captures)
+        _check_apart(captures)
         usable = self._build(captures, splits, built)
         replays = {
             (capture.lane, capture.key): Replay(capture.recording, _addresses(capture.inputs))
@@ -142,7 +141,7 @@ class Recorder:
             host_tables=self._host_tables,
             counts=_table(self._state.counts),
             progress={lane: _table(array) for lane, array in self._progress.items()},
-            kept=(self._weights, self._state, self._tables, self._progress, self._holds),
+            kept=(self._weights, self._state, self._tables, self._progress, captures),
         )
 
     def _own(self, lane: Lane) -> jax.Array:
@@ -161,19 +160,21 @@ class Recorder:
         outputs: list[jax.Array] = jax.block_until_ready(jax.tree.leaves((new, block)))
         return outputs
 
-    def _record_kind(self, kind: Program, lanes: Sequence[Lane]) -> list[_Capture]:
-        """The programs of a kind, the largest first, with one piece of memory held for all."""
-        size = self._temporaries
-        keys = sorted((key for key in self._keys if key[0] is kind), key=size.__getitem__)[::-1]
-        take = self._memory.holder(size[keys[0]]) if size[keys[0]] else None
-        captures, held = [], self._holds[kind]
-        for key in keys:
-            for lane in lanes:
-                held.clear()
-                captures.append(self._capture(key, lane))
-                if take is not None:
-                    held.append(take())
-        return captures
+    def _record(self, key: Key, lane: Lane) -> _Capture:
+        """Records a program; every address that it uses is kept from then on."""
+        size = self._temporaries[key]
+        take = self._memory.holder(size) if size else None
+        capture = self._capture(key, lane)
+        for last_try in (False, True):
+            if take is not None:  # in the second try the first piece is still held: another one
+                capture.held[:] = [take()]
+            try:
+                capture.recording.check(self._ranges(capture))
+                break
+            except _launcher.Unsafe as error:
+                if last_try:
+                    raise _launcher.Unsafe(f"{_name(key)}: {error}") from None
+        return capture
 
     def _capture(self, key: Key, lane: Lane) -> _Capture:
         inputs = self._padding(key)
@@ -196,26 +197,11 @@ class Recorder:
         recording.add_copy(_address(own), _address(progress), own.nbytes)
         recording.add_result(_address(rows), rows.nbytes)
         recording.add_result(_address(top), top.nbytes)
-        return _Capture(lane, key, recording, inputs, (progress, rows, top), self._temporaries[key])
+        return _Capture(lane, key, recording, inputs, (progress, rows, top), [])
 
-    def _check(self, captures: Sequence[_Capture]) -> None:
-        """Every address is kept, and lanes share only what they may."""
+    def _ranges(self, capture: _Capture) -> list[Range]:
         shared = jax.tree.leaves((self._weights, self._state.kv, self._state.counts, self._tables))
-        for capture in captures:
-            try:
-                capture.recording.check(self._ranges(shared, capture))
-            except _launcher.Unsafe:  # it has run in memory beside that which is held
-                take = self._memory.holder(capture.temporaries)
-                self._holds[capture.key[0]].append(take())
-                capture.recording.check(self._ranges(shared, capture))
-        for one in captures:
-            for other in captures:
-                if (one.lane, other.lane) == (Lane.DECODE, Lane.PREFILL):
-                    one.recording.check_apart(other.recording)
-
-    def _ranges(self, shared: Sequence[jax.Array], capture: _Capture) -> list[Range]:
-        progress = self._own(capture.lane)
-        own = (*capture.inputs, *capture.outputs, progress, *self._holds[capture.key[0]])
+        own = (*capture.inputs, *capture.outputs, self._own(capture.lane), *capture.held)
         return [
             (_address(array), array.nbytes, arrays is shared)
             for arrays in (shared, own)
@@ -234,13 +220,21 @@ class Recorder:
             try:
                 capture.recording.build(number_of(capture.lane), number)
             except MemoryError as error:
-                if not number:
-                    raise
                 done = {split: each for split, each in splits.items() if each < number}
-                _log.warning("%d of %d splits can be used: %s", len(done), len(splits), error)
+                if not done:
+                    raise
+                _log.warning("%d of %d splits can be used: %s", len(done), len(splits), str(error))
                 return done
             built(count + 1, len(jobs))
         return dict(splits)
+
+
+def _check_apart(captures: Sequence[_Capture]) -> None:
+    """Lanes share only what they may."""
+    for one in captures:
+        for other in captures:
+            if (one.lane, other.lane) == (Lane.DECODE, Lane.PREFILL):
+                one.recording.check_apart(other.recording)
 
 
 def _address(array: jax.Array) -> int:

@@ -6,28 +6,77 @@ memory for outputs and temporaries when it is run, gives the latter back at once
 arguments in place, and lets the launcher record what it enqueues if that is armed.
 """
 
+import atexit
 import ctypes
-from contextlib import contextmanager
+import gc
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
 from ctypes import c_size_t, c_uint, c_uint64, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
 
+import fake_cuda
 import jax
 import numpy as np
-from fake_cuda import Callback, LaunchConfig
+import pytest
+from fake_cuda import Callback, FakeCuda, LaunchConfig
 
-import duetjax._launcher as _launcher
+_launcher = pytest.importorskip("duetjax._launcher", reason="no C compiler when installed")
+if shutil.which("gcc") is None:
+    pytest.skip("no C compiler", allow_module_level=True)
 
 MARKER = 0
 MARK = np.uint8(0xA5)  # what a kernel's scratch is full of until it has ended
 
 
-class FakeMemory:
-    """Implements `recorder.Memory`. wasted: bytes that a hold is taken short of."""
+@cache
+def library():
+    """The double, compiled once for all tests."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return fake_cuda.build(Path(folder))
 
-    def __init__(self, cuda, *, wasted=0):
+
+@contextmanager
+def a_gpu():
+    """The double in its first state; at the end nothing wrong must have been done."""
+    cuda = FakeCuda(library())
+    cuda.is_open = True
+    gc.freeze()  # recording collects garbage again and again: not that of everything before
+    try:
+        yield cuda
+        cuda.library.fake_violation.restype = ctypes.c_char_p
+        count = cuda.library.fake_violations()
+        assert [cuda.library.fake_violation(c_size_t(i)) for i in range(count)] == []
+    finally:
+        gc.collect()  # what a refused rung has made closes its streams
+        gc.unfreeze()
+        cuda.is_open = False
+        cuda.close()
+
+
+class FakeMemory:
+    """Implements `recorder.Memory`, as XLA does: pieces of memory that the driver has given once
+    and for all. wasted: bytes that a hold is taken short of.
+    """
+
+    def __init__(self, cuda, *, wasted=0, num_bytes=1 << 20):
         self.cuda, self.wasted = cuda, wasted
+        self._start = cuda.memory(num_bytes)
+        self._end = self._start + num_bytes
+        self._used = {}  # address: end, in ascending order
+
+    def __del__(self):
+        if self.cuda.is_open:
+            self.cuda.library.cuMemFree_v2(c_uint64(self._start))
 
     def array(self, shape, dtype):
-        return FakeArray(self.cuda, shape, np.dtype(dtype))
+        return FakeArray(self, shape, np.dtype(dtype))
 
     def put(self, values):
         values = np.asarray(values)
@@ -36,27 +85,59 @@ class FakeMemory:
         return array
 
     def holder(self, num_bytes):
-        return lambda: self.array((num_bytes - self.wasted,), np.uint8)
+        return lambda: self.array((max(num_bytes - self.wasted, 0),), np.uint8)
+
+    def take(self, num_bytes):
+        """By best fit; of a piece not twice as large all, as the rest would be of little use."""
+        wanted = -(-max(num_bytes, 1) // 256) * 256
+        borders = [
+            self._start,
+            *(each for piece in self._used.items() for each in piece),
+            self._end,
+        ]
+        free = zip(borders[::2], borders[1::2], strict=True)
+        pieces = [(end - start, start) for start, end in free if end - start >= wanted]
+        if not pieces:
+            raise MemoryError(f"no {num_bytes} bytes")
+        size, at = min(pieces)
+        end = at + (size if size < 2 * wanted else wanted)
+        self._used = dict(sorted((*self._used.items(), (at, end))))
+        view(self.cuda, at, (end - at,), np.uint8)[:] = 0xCD  # rubbish
+        return at
+
+    def rest(self):
+        """All that is free, in pieces."""
+        pieces = []
+        with suppress(MemoryError):
+            while True:
+                pieces.append(self.array((256,), np.uint8))
+        return pieces
+
+    def give_back(self, at):
+        end = self._used.pop(at)
+        if self.cuda.is_open:
+            view(self.cuda, at, (end - at,), np.uint8)[:] = 0xDD  # who still reads it shall notice
 
 
 class Buffer:
     """Device memory, given back with its last owner."""
 
-    def __init__(self, cuda, num_bytes):
-        self._cuda, self.bytes = cuda, num_bytes
-        self.address = cuda.memory(max(num_bytes, 1))
+    def __init__(self, memory, num_bytes):
+        self._memory, self.address = memory, None
+        self.address = memory.take(num_bytes)
 
     def __del__(self):
-        self._cuda.library.cuMemFree_v2(c_uint64(self.address))
+        if self.address is not None:
+            self._memory.give_back(self.address)
 
 
 class FakeArray:
     """What the recorder asks of a jax.Array."""
 
-    def __init__(self, cuda, shape, dtype, buffer=None):
-        self.cuda, self.shape, self.dtype = cuda, shape, dtype
-        self.nbytes = int(np.prod(shape)) * dtype.itemsize
-        self.buffer = buffer or Buffer(cuda, self.nbytes)
+    def __init__(self, memory, shape, dtype, buffer=None):
+        self.cuda, self.shape, self.dtype = memory.cuda, shape, dtype
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.buffer = buffer or Buffer(memory, self.nbytes)
 
     def unsafe_buffer_pointer(self):
         return self.buffer.address
@@ -70,89 +151,106 @@ class FakeArray:
 
 
 def view(cuda, address, shape, dtype):
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    """The device's memory at an address, which stays mapped whoever owns it."""
+    count = math.prod(shape)
+    size = count * np.dtype(dtype).itemsize
     raw = (ctypes.c_uint8 * max(size, 1)).from_address(cuda.host(address))
-    return np.frombuffer(raw, dtype, count=size // np.dtype(dtype).itemsize).reshape(shape)
+    return np.frombuffer(raw, dtype, count=count).reshape(shape)
 
 
-class Clashes:
-    """Kernels that were in the same memory at the same time."""
-
-    def __init__(self):
-        self.found = []
-
-
+@dataclass
 class FakeExecutable:
-    """run: from arguments to outputs, both flat lists of numpy arrays. kept: how many of the first
-    outputs are written over arguments, from which argument on. temp_bytes: of temporaries.
+    """run: from arguments to outputs, both flat lists of numpy arrays. result: the outputs' shapes.
+
+    donated: which arguments the first outputs are written over. temp_bytes: of temporaries.
+    also: what else its kernel is told the address of. moves: its last output is somewhere else than
+    the marker has seen. clashes: "temporaries" for each time that a kernel has found another one in
+    its own. sms: of every kernel that has run.
     """
 
-    def __init__(self, memory, run, result, *, first_donated, num_donated, temp_bytes, clashes):
-        self._memory, self._cuda, self._run, self._result = memory, memory.cuda, run, result
-        self._first, self._count, self._temp = first_donated, num_donated, temp_bytes
-        self._clashes, self._callbacks = clashes, []
+    memory: FakeMemory
+    run: Callable[[list[np.ndarray]], list[np.ndarray]]
+    result: object
+    donated: slice
+    temp_bytes: int
+    also: Sequence[FakeArray] = ()
+    moves: bool = False
+    clashes: list[str] = field(default_factory=list)
+    sms: list[int] = field(default_factory=list)
+    callbacks: list[object] = field(default_factory=list)
+
+    @property
+    def cuda(self):
+        return self.memory.cuda
 
     def __call__(self, *arguments):
         given = jax.tree.leaves(arguments)
-        shapes, tree = jax.tree.flatten(self._result)
-        donated = given[self._first : self._first + self._count]
+        shapes, tree = jax.tree.flatten(self.result)
+        over = given[self.donated]
         outputs = [
-            FakeArray(self._cuda, shape.shape, np.dtype(shape.dtype), old.buffer)
-            for shape, old in zip(shapes, donated, strict=False)
+            FakeArray(self.memory, shape.shape, np.dtype(shape.dtype), old.buffer)
+            for shape, old in zip(shapes, over, strict=False)
         ]
-        outputs += [self._memory.array(each.shape, each.dtype) for each in shapes[self._count :]]
-        scratch = self._memory.array((self._temp,), np.uint8)  # XLA's own again on return
+        outputs += [self.memory.array(each.shape, each.dtype) for each in shapes[len(over) :]]
+        scratch = self.memory.array((self.temp_bytes,), np.uint8)  # XLA's own again on return
         with self._marked([each.unsafe_buffer_pointer() for each in outputs]):
             self._enqueue(given, outputs, scratch)
-        self._cuda.call("cuStreamSynchronize", self._cuda.stream)
+        if self.moves:
+            outputs[-1] = self.memory.array(outputs[-1].shape, outputs[-1].dtype)
+        self.cuda.call("cuStreamSynchronize", self.cuda.stream)
         return jax.tree.unflatten(tree, outputs)
 
     @contextmanager
     def _marked(self, addresses):
-        _launcher.begin_capture(MARKER, self._cuda.stream.value, addresses)
+        _launcher.begin_capture(MARKER, self.cuda.stream.value, addresses)
         try:
             yield
         finally:
             _launcher.end_capture(MARKER)
 
     def _enqueue(self, given, outputs, scratch):
-        described = [(each.shape, each.dtype) for each in (*given, *outputs)]
-        count = len(given)
-
-        def work(addresses):
-            views = [
-                view(self._cuda, address, *each)
-                for address, each in zip(addresses, described, strict=False)
-            ]
-            temporary = view(self._cuda, addresses[-1], (self._temp,), np.uint8)
-            temporary[:] = MARK
-            before = [each.copy() for each in views[:count]]
-            values = self._run([each.copy() for each in before])
-            if not (temporary == MARK).all():
-                self._clashes.found.append("temporaries")
-            temporary[:] = 0
-            for i, (place, value) in enumerate(zip(views[count:], values, strict=True)):
-                if i < self._count:  # elsewhere another kernel may be writing
-                    changed = value != before[self._first + i]
-                    place[changed] = value[changed]
-                else:
-                    place[...] = value
-
-        kernel = self._kernel(work, len(described) + 1)
-        pointers = [each.unsafe_buffer_pointer() for each in (*given, *outputs, scratch)]
+        arrays = (*given, *outputs, scratch)
+        kernel = self._kernel([(each.shape, each.dtype) for each in arrays], len(given))
+        pointers = [each.unsafe_buffer_pointer() for each in (*arrays, *self.also)]
+        pointers.append(scratch.unsafe_buffer_pointer() + self.temp_bytes - 1)  # a slice of it
         values = [c_uint64(pointer) for pointer in pointers]
         params = (c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         config = LaunchConfig(
-            (c_uint * 3)(1, 1, 1), (c_uint * 3)(1, 1, 1), 0, self._cuda.stream, None, 0
+            (c_uint * 3)(1, 1, 1), (c_uint * 3)(1, 1, 1), 0, self.cuda.stream, None, 0
         )
-        self._cuda.call("cuLaunchKernelEx", ctypes.byref(config), kernel, params, None)
+        self.cuda.call("cuLaunchKernelEx", ctypes.byref(config), kernel, params, None)
 
-    def _kernel(self, work, count):
+    def _kernel(self, described, num_given):
+        @cache  # a replay has the addresses of its recording
+        def views(addresses):
+            pairs = zip(addresses, described, strict=True)
+            return [view(self.cuda, address, *each) for address, each in pairs]
+
         def callback(given, _user):
             params = given.contents.params
-            work([c_uint64.from_address(params[i]).value for i in range(count)])
+            self.sms.append(given.contents.sm_count)
+            addresses = tuple(c_uint64.from_address(params[i]).value for i in range(count))
+            *arrays, temporary = views(addresses)
+            self._work(arrays[:num_given], arrays[num_given:], temporary)
 
-        self._callbacks.append(Callback(callback))
-        sizes = (c_size_t * count)(*([8] * count))
-        function = self._cuda.library.fake_function
-        return c_void_p(function(b"xla", sizes, c_size_t(count), 0, self._callbacks[-1], None))
+        count = len(described)
+        sizes = [8] * (count + len(self.also) + 1)
+        self.callbacks.append(Callback(callback))
+        function = self.cuda.library.fake_function
+        given = ((c_size_t * len(sizes))(*sizes), c_size_t(len(sizes)), 0, self.callbacks[-1])
+        return c_void_p(function(b"xla", *given, None))
+
+    def _work(self, arguments, places, temporary):
+        temporary[:] = MARK
+        taken = [each.copy() for each in arguments]
+        before = [each.copy() for each in taken[self.donated]]
+        values = self.run(taken)
+        if not (temporary == MARK).all():
+            self.clashes.append("temporaries")
+        temporary[:] = 0
+        for place, value, old in zip_longest(places, values, before):
+            if old is None:
+                place[...] = value
+            else:  # elsewhere another kernel may be writing
+                changed = value != old
+                place[changed] = value[changed]

@@ -12,19 +12,16 @@ import numpy as np
 
 from duetjax.policy.launch import Program, RowFlag
 from duetjax.runtime.executor import Inputs, read_step
-from duetjax.runtime.programs import Buckets, DeviceState, ResultBlock, RowKind, Upkeep
+from duetjax.runtime.programs import Buckets, DeviceState, ResultBlock, RowKind
 from duetjax.runtime.slot_state import PARAMS, PROGRESS_WORDS, HostTables, SlotShapes
 
 PAGE, SLOTS, WIDTH, VOCAB, TOP = 16, 4, 6, 50, 20
 LONGEST, NUM_PAGES, BUDGET = PAGE * WIDTH, SLOTS * WIDTH + 1, 64
-DECODE, PREFILL = (Program.DECODE, SLOTS), (Program.PREFILL, BUDGET)
-TEMPORARIES = {DECODE: 300, PREFILL: 5000}
-FIRST_DONATED, NUM_DONATED = 1, 2  # of the flat arguments: weights, then pages and counts
+BUCKETS = Buckets(decode=(2, SLOTS), prefill=(24, BUDGET), prefill_rows=SLOTS)
+TEMPORARIES = dict(zip(BUCKETS, (3000, 9000, 20_000, 50_000), strict=True))
+DONATED = slice(1, 3)  # of the flat arguments: weights, then pages and counts
 
-PROGRAMS = SimpleNamespace(
-    slots=SlotShapes(SLOTS, WIDTH, VOCAB),
-    buckets=Buckets((SLOTS,), (BUDGET,), SLOTS),
-)
+PROGRAMS = SimpleNamespace(slots=SlotShapes(SLOTS, WIDTH, VOCAB), buckets=BUCKETS)
 
 
 def shape(*size, dtype=np.int32):
@@ -33,18 +30,28 @@ def shape(*size, dtype=np.int32):
 
 STATE = DeviceState([shape(NUM_PAGES, PAGE)], shape(SLOTS + 1, VOCAB, dtype=np.int16),
                     shape(SLOTS + 1, PROGRESS_WORDS))  # fmt: skip
-BLOCK = ResultBlock(shape(SLOTS, 3), shape(SLOTS, TOP, 2))
+
+
+def result(key):
+    """What a program puts out."""
+    rows = num_rows(key)
+    return STATE, ResultBlock(shape(rows, 3), shape(rows, TOP, 2))
+
+
+def num_rows(key):
+    program, bucket = key
+    return bucket if program is Program.DECODE else BUCKETS.rows_of(bucket)
 
 
 class _Rows:
     """Slot state while a program runs."""
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, count):
         _weights, self.kv, self.counts, self.progress, params, *tables = arguments[:8]
         self.page_table, self.prompt_mask, self.allowed = tables
         self.params = params.view(PARAMS)[:, 0]
         self.after = self.progress.copy()
-        self.rows, self.top = np.zeros((SLOTS, 3), np.int32), np.zeros((SLOTS, TOP, 2), np.int32)
+        self.rows, self.top = np.zeros((count, 3), np.int32), np.zeros((count, TOP, 2), np.int32)
 
     def state(self, slot):
         token, position, stopped, _ = self.progress[slot].tolist()
@@ -58,8 +65,8 @@ class _Rows:
 
     def sample(self, row, slot, position):
         """The token at a position, after all that have been fed before it."""
-        seen = [self.kv[self.place(slot, before)] for before in range(position)]
-        known = (np.array(seen), self.params[slot : slot + 1].copy(), self.counts[slot],
+        seen = self.kv[self.page_table[slot]].reshape(-1)[:position]
+        known = (seen, self.params[slot : slot + 1].copy(), self.counts[slot],
                  self.prompt_mask[slot], self.allowed[slot])  # fmt: skip
         known[1]["limit"] = 0  # room for pages, which is not the request's
         digest = zlib.crc32(b"".join(each.tobytes() for each in known))
@@ -86,16 +93,17 @@ class _Rows:
 
 def decode(arguments):
     """Flat arguments of a decode program -> flat outputs."""
-    rows = _Rows(arguments)
-    for row, slot in enumerate(arguments[8].tolist()):
+    slots = arguments[8].tolist()
+    rows = _Rows(arguments, len(slots))
+    for row, slot in enumerate(slots):
         rows.decode(row, slot)
     return rows.outputs()
 
 
 def prefill(arguments):
     """The same of a prefill program."""
-    rows = _Rows(arguments)
     tokens, offsets, starts, slots, kinds = (each.tolist() for each in arguments[8:])
+    rows = _Rows(arguments, len(slots))
     for row, (slot, kind) in enumerate(zip(slots, kinds, strict=True)):
         if kind == RowKind.DECODING:
             rows.decode(row, slot)
@@ -109,7 +117,7 @@ def prefill(arguments):
     return rows.outputs()
 
 
-RUN = {DECODE: decode, PREFILL: prefill}
+RUN = {key: decode if key[0] is Program.DECODE else prefill for key in BUCKETS}
 
 
 class Serial:
@@ -136,6 +144,3 @@ class Serial:
             self.kv, self.counts, self.progress, rows, top = outputs
             results.append(read_step(launch, rows, top if launch.wants_top else None))
         return results
-
-
-ALLOCATE = Upkeep.ALLOCATE
