@@ -269,7 +269,7 @@ def test_temporaries_that_are_not_held_at_first_are_held_in_a_second_try(cuda, o
 
 
 def test_temporaries_that_two_pieces_would_hold_together_are_not_trusted_to_them(cuda):
-    """Who knows what lies between: a recording names the beginnings of its arrays, not their ends."""
+    """A recording names where its arrays begin and not where they end, so nobody knows."""
     with pytest.raises(NoRung, match="not inside anything that is kept"):
         Gpu(cuda, memory=FakeMemory(cuda, wasted=256))
 
