@@ -147,11 +147,12 @@ class CudaLanes:
 
     def close(self) -> None:
         """See `Executor`."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._thread is not None:
             os.write(self._wake, b"x")
             self._thread.join()
             os.close(self._wake)
             os.close(self._closing)
+            self._thread = None
         self._device.close()
 
     def _split(self, launch: Launch) -> int:
@@ -174,6 +175,8 @@ class CudaLanes:
                     self._device.clear()  # before looking: what completes from now on wakes again
                     self._deliver_completed()
         except BaseException as failure:  # the engine decides what it means
+            for lane in self._lanes:
+                lane.is_abandoned = True
             self._deliver(failure)
 
     def _deliver_completed(self) -> None:
@@ -195,11 +198,12 @@ type _Step = tuple[Launch, int]
 class _Steps:
     """A lane of the launcher: one thread gives it work, another takes the results.
 
-    number: of the lane, as the launcher counts them.
+    number: of the lane, as the launcher counts them. is_abandoned: nobody takes results any more.
     """
 
     def __init__(self, device: "Device", number: int) -> None:
         self.number = number
+        self.is_abandoned = False
         self._device = device
         self._in_flight: deque[_Step | None] = deque()  # None: a fence
         self._submitted = 0
@@ -216,7 +220,7 @@ class _Steps:
             self._device.copy_in(self.number, split, address, data.data)
         except Busy:
             self._submit([None], lambda: self._device.fence(self.number, split))
-            _when_free(lambda: self._device.copy_in(self.number, split, address, data.data))
+            self._when_free(lambda: self._device.copy_in(self.number, split, address, data.data))
 
     def launch(self, recording: "Recording", split: int, launch: Launch) -> None:
         """Its k steps, with the results that it wants; a long look-ahead in several pieces."""
@@ -243,16 +247,23 @@ class _Steps:
     def _submit(self, steps: Sequence["_Step | None"], enqueue: Callable[[], int]) -> None:
         self._in_flight.extend(steps)  # before one of them can complete
         self._submitted += len(steps)
-        last = _when_free(enqueue)
+        try:
+            last = self._when_free(enqueue)
+        except BaseException:
+            self._submitted -= len(steps)
+            for _ in steps:
+                self._in_flight.pop()
+            raise
         assert last == self._submitted, f"step {last} of the lane, not {self._submitted}"
 
-
-def _when_free[T](call: Callable[[], T]) -> T:
-    while True:
-        try:
-            return call()
-        except Busy:  # results are released, and copies' room is reclaimed, as steps complete
-            time.sleep(_PAUSE_S)
+    def _when_free[T](self, call: Callable[[], T]) -> T:
+        while True:
+            try:
+                return call()
+            except Busy:  # results are released, and copies' room is reclaimed, as steps complete
+                if self.is_abandoned:
+                    raise
+                time.sleep(_PAUSE_S)
 
 
 def number_of(lane: Lane) -> int:

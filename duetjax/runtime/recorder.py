@@ -190,8 +190,10 @@ class Recorder:
                 self._device.abort()
             raise
         seen = recording.outputs
-        if seen != _addresses(outputs) or seen[: len(in_place)] != in_place:
+        if seen[: len(in_place)] != in_place:
             raise _launcher.Unsafe(f"{_name(key)}: pages or counts are not updated in place")
+        if seen != _addresses(outputs):
+            raise _launcher.Unsafe(f"{_name(key)}: outputs are not where the marker saw them")
         progress, rows, top = outputs[len(in_place) :]
         own = self._own(lane)
         recording.add_copy(_address(own), _address(progress), own.nbytes)

@@ -290,3 +290,42 @@ def test_close_before_the_start_returns(gpu):
     thread = closing(gpu)
     thread.join(PATIENCE)
     assert not thread.is_alive()
+
+
+class Refusing:
+    """A recording that the launcher does not launch."""
+
+    def launch(self, *_):
+        raise _launcher.LauncherError("not built")
+
+
+def test_close_does_not_wait_for_a_launch_that_was_refused(gpu):
+    launch, recordings = decode_launch(0, 0), gpu.lanes._recordings
+    key = launch.lane, (launch.program, launch.bucket)
+    refused = replace(recordings.of[key], recording=Refusing())
+    gpu.lanes._recordings = replace(recordings, of={**recordings.of, key: refused})
+    gpu.start()
+    with pytest.raises(_launcher.LauncherError, match="not built"):
+        gpu.lanes.submit(launch)
+    gpu.lanes._recordings = recordings
+    gpu.lanes.submit(launch)
+    assert gpu.deliveries.next().ticket == 0
+    thread = closing(gpu)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_a_launch_does_not_wait_for_results_that_nobody_takes_any_more(gpu):
+    told = []
+
+    def deliver(finished):
+        told.append(finished)
+        if len(told) == 1:
+            raise OSError("nobody is there")
+
+    gpu.lanes.start(deliver)
+    for ticket in range(RESULT_SLOTS + 1):  # one of them leaves the ring
+        gpu.lanes.submit(decode_launch(ticket, 0))
+    with pytest.raises(_launcher.Busy):
+        gpu.lanes.submit(decode_launch(RESULT_SLOTS + 1, 0))
+    assert [type(each) for each in told] == [FinishedStep, OSError]
