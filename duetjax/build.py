@@ -152,7 +152,7 @@ def build_engine(
     if profiles is not None and profiles.model is shapes:
         profiles = replace(profiles, model=measured_profile(shapes, executor, profiles.hardware))
     calibrations = default_folder().with_name("calibrations")
-    planning = make_planning(engine, profiles, limits, calibrations)
+    planning = make_planning(engine, profiles, limits, calibrations, device.splits)
     client = EngineClient(
         Scheduler(limits, planning.policy, planning.pace),
         executor,
@@ -177,6 +177,10 @@ def _plan(
         temporaries=0,
     )
     parts = device.parts(config, str(np.dtype(jnp.dtype(dtype))))
+    if engine.max_model_len is None and parts.usual_tokens is not None:
+        longest = min(parts.usual_tokens, config.max_position_embeddings)
+        _log.info("every row costs what the longest context does: --max-model-len %d", longest)
+        engine = replace(engine, max_model_len=longest)
 
     def lay_out() -> tuple[Programs, MemoryPlan]:
         plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=device.is_host))

@@ -32,17 +32,24 @@ from pallas_kernels.choice import Asked, ModelShapes, choose
 
 _log = logging.getLogger(__name__)
 
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
+_USUAL_TOKENS = 4096
 _OUTPUT_BYTES = 256 * 2**20
 """For what programs put out, and for what XLA's allocator cannot use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What programs are made of. in_pool: KV pages lie outside XLA."""
+    """What programs are made of. in_pool: KV pages lie outside XLA.
+
+    usual_tokens: context length that the kernels are meant for, where nobody asks for another.
+    """
 
     kernels: Kernels
     product: layers.Product = layers.product
     in_pool: bool = False
+    usual_tokens: int | None = None
 
 
 class Runner(Executor, Protocol):
@@ -95,6 +102,10 @@ class Device(Protocol):
     def rung(self) -> Rung:
         """How launches run; once they can."""
 
+    @property
+    def splits(self) -> tuple[Split, ...] | None:
+        """Those that launches can run on, once they can run; None: any."""
+
 
 def capability() -> str | None:
     """The default device's compute capability, as "9.0"; None where it has none."""
@@ -114,7 +125,8 @@ def _of_kind(temporaries: Mapping[Key, int], wanted: Program) -> list[int]:
 
 def find_device(engine: EngineConfig) -> Device:
     """The default device of jax; tells XLA and CUDA what they must know before they start."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{engine.gpu_memory_utilization}")
+    if not any(os.environ.get(name) for name in _FRACTIONS):  # XLA takes one of them, never both
+        os.environ[_FRACTIONS[0]] = f"{engine.gpu_memory_utilization}"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every lane's stream
     target = local_target()
     if target.compiler_options:
@@ -131,6 +143,7 @@ class Host:
         self.target = target
         self._backend = engine.backend
         self.rung = Rung.JAX
+        self.splits: tuple[Split, ...] | None = None
         if _asked(engine) is Asked.MOSAIC:
             raise ConfigError("--kernels mosaic: not on a processor; leave it out")
 
@@ -189,6 +202,12 @@ class Gpu:
         self._asked = _asked(engine)
         self._page_size = engine.page_size
         self.rung = Rung.JAX
+        self.splits: tuple[Split, ...] | None = None
+        if os.environ.get(_ALLOCATOR, "default").lower() not in ("default", "bfc"):
+            raise ConfigError(
+                f"{_ALLOCATOR}={os.environ[_ALLOCATOR]}: programs are replayed from memory that XLA"
+                " must keep; unset it"
+            )
 
     @property
     def memory(self) -> int:
@@ -210,28 +229,26 @@ class Gpu:
         except ValueError as error:
             raise ConfigError(f"--kernels {self._asked}: {error}") from None
         _log.info("kernels: %s (%s)", choice.name, choice.why)
-        xlas = xla if self._backend == Backend.JAX else xla_fixed
-        return Parts(choice.mosaic or xlas)
+        if self._backend == Backend.JAX:
+            return Parts(choice.mosaic or xla)
+        return Parts(choice.mosaic or xla_fixed, usual_tokens=_USUAL_TOKENS)  # prefill is fixed
 
     def foreseen(self, programs: Programs) -> int:
-        """See `Device`; by compiling the largest programs for few pages, which change nothing.
-
-        Decode buckets double and prefill buckets quadruple, on two lanes, so all of them together
-        need 2 and 8/3 times as much.
-        """
-        few, buckets = programs.with_pages(PAGE_STEP), programs.buckets
-        keys = [(Program.DECODE, buckets.decode[-1]), (Program.PREFILL, buckets.prefill[-1])]
+        """See `Device`; by compiling the programs for few pages, which change nothing."""
+        few = programs.with_pages(PAGE_STEP)
         compiler = Compiler(self.target, ProgramStore(default_folder()))
-        compiled = compiler.compile((key, partial(few.lower, key)) for key in keys)
-        decode, prefill = (program.facts.temp_bytes for _, program in compiled)
-        return _OUTPUT_BYTES + 2 * decode + 3 * prefill
+        compiled = compiler.compile((key, partial(few.lower, key)) for key in programs.buckets)
+        return self.needed({key: program.facts.temp_bytes for key, program in compiled})
 
     def needed(self, temporaries: Mapping[Key, int]) -> int:
-        """See `Device`; every recording keeps its own, prompts' on both lanes."""
+        """See `Device`; every recording keeps its own, prompts' on both lanes, and looks for it.
+
+        While it is looked for, twice as much is taken for a moment.
+        """
         decode, prefill = (
             sum(_of_kind(temporaries, kind)) for kind in (Program.DECODE, Program.PREFILL)
         )
-        return _OUTPUT_BYTES + decode + 2 * prefill
+        return _OUTPUT_BYTES + decode + 2 * prefill + max(temporaries.values())
 
     def run(
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
@@ -254,6 +271,7 @@ class Gpu:
             except NoRung as error:
                 reason = str(error)
             else:
+                self.splits = lanes.splits
                 _log.info("launches run as %s on %d splits", self.rung, len(lanes.splits))
                 return lanes
         if self._backend == Backend.LANES:

@@ -82,17 +82,22 @@ def wanted_splits(engine: EngineConfig, profiles: Profiles | None) -> tuple[Spli
 
 
 def make_planning(
-    engine: EngineConfig, profiles: Profiles | None, limits: SchedulerLimits, calibrations: Path
+    engine: EngineConfig,
+    profiles: Profiles | None,
+    limits: SchedulerLimits,
+    calibrations: Path,
+    splits: tuple[Split, ...] | None = None,
 ) -> Planning:
     """The policy and, with profiles, predictions as far as they have been learned.
 
-    calibrations: the folder where what launches teach is kept.
+    calibrations: the folder where what launches teach is kept. splits: those that launches can
+    run on; None: all of the hardware profile's.
     """
     if profiles is None:
         return Planning(_plain(engine), Pace(tbt_slo_ms=engine.tbt_slo_ms), lambda: None)
     model, hardware = profiles.model, profiles.hardware
     file = CalibrationFile(calibrations, model.model, hardware.name)
-    foresight = Foresight(model, hardware, calibration=file.read())
+    foresight = Foresight(model, hardware, calibration=file.read(), splits=splits)
     _log.info(
         "launches are foretold: %s (%s) on %s", model.model, model.compiled_for, hardware.name
     )

@@ -14,6 +14,9 @@ from jax import lax
 BLOCK_TOKENS = 128
 """Keys visited per step of the walk; a multiple of every page size."""
 
+FIXED_BLOCK_TOKENS = 1024
+"""The same where the number of steps is fixed and each is written out in the program."""
+
 TILE = 32
 """Queries of one row that visit a block together during prefill."""
 
@@ -90,7 +93,7 @@ def prefill_walk(
 
     num_tiles = -(-T // TILE) + R  # sum of ceil(count / TILE) is never more
     tile = jnp.arange(num_tiles)
-    row = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right"), R - 1)
+    row = jnp.minimum(_count_up_to(tile_ends, tile), R - 1)
     first = (tile - tile_starts[row]) * TILE
     source = jnp.clip(row_offsets[row, None] + first[:, None] + jnp.arange(TILE), 0, T - 1)
     surplus = tile >= tile_ends[-1]
@@ -98,11 +101,17 @@ def prefill_walk(
     out = _walk(q[source], pages, page_table[row], start, longest)
 
     token = jnp.arange(T)
-    row = jnp.minimum(jnp.searchsorted(row_offsets[1:], token, side="right"), R - 1)
+    row = jnp.minimum(_count_up_to(row_offsets[1:], token), R - 1)
     index = jnp.maximum(token - row_offsets[row], 0)
     tile = jnp.minimum(tile_starts[row] + index // TILE, num_tiles - 1)
     packed: jax.Array = out[tile, index % TILE]
     return packed
+
+
+def _count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
+    """How many of `ascending` are not above each value, by comparing them all: without a loop."""
+    found: jax.Array = jnp.searchsorted(ascending, values, side="right", method="compare_all")
+    return found
 
 
 def _walk(
@@ -115,11 +124,13 @@ def _walk(
     """Flash attention of tiles of consecutive queries (Dao 2022, online softmax).
 
     q [N, Q, H, D], query i of tile n at position start[n] + i and seeing keys up to itself;
-    page_table [N, M]; start [N]; longest: keys to visit, from 1.
+    page_table [N, M]; start [N]; longest: keys to visit, from 1. Where that is a number there is no
+    loop in the program, and blocks are larger.
     """
     N, Q, H, D = q.shape
     K, S = pages.shape[1], pages.shape[3]
-    per_block = BLOCK_TOKENS // S
+    block_tokens = FIXED_BLOCK_TOKENS if isinstance(longest, int) else BLOCK_TOKENS
+    per_block = block_tokens // S
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_block)))
     rows = q.reshape(N, Q, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(N, K, -1, D)
     rows = rows.astype(jnp.float32) * D**-0.5
@@ -127,12 +138,12 @@ def _walk(
 
     type Carry = tuple[jax.Array, jax.Array, jax.Array]
 
-    def step(block: jax.Array, carry: Carry) -> Carry:
+    def step(block: jax.Array | int, carry: Carry) -> Carry:
         peak, total, out = carry
         page = lax.dynamic_slice_in_dim(table, block * per_block, per_block, axis=1)
         kv = pages[page].astype(jnp.float32).transpose(3, 0, 2, 1, 4, 5)
-        k, v = kv.reshape(2, N, K, BLOCK_TOKENS, D)
-        key = block * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
+        k, v = kv.reshape(2, N, K, block_tokens, D)
+        key = block * block_tokens + jnp.arange(block_tokens)
         scores = jnp.einsum("nkqd,nksd->nkqs", rows, k)
         scores = jnp.where(key <= seen, scores, _MASKED)
         new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
@@ -142,8 +153,13 @@ def _walk(
         return new_peak, total, out * kept + jnp.einsum("nkqs,nksd->nkqd", weights, v)
 
     column = (N, K, rows.shape[2], 1)
-    empty = (jnp.full(column, _MASKED), jnp.zeros(column), jnp.zeros(rows.shape))
-    _, total, out = lax.fori_loop(0, -(-longest // BLOCK_TOKENS), step, empty)
+    state = (jnp.full(column, _MASKED), jnp.zeros(column), jnp.zeros(rows.shape))
+    if isinstance(longest, int):
+        for block in range(-(-longest // block_tokens)):
+            state = step(block, state)
+    else:
+        state = lax.fori_loop(0, -(-longest // block_tokens), step, state)
+    _, total, out = state
     mean: jax.Array = out / total
     mean = mean.reshape(N, K, H // K, Q, D).transpose(0, 3, 1, 2, 4)
     return mean.reshape(N, Q, H, D).astype(q.dtype)

@@ -1,7 +1,8 @@
 """The kernels in plain JAX as a GPU can replay them: the same work in every run, no look at values.
 
 For GPUs that have no kernels of their own. A row costs what the longest context costs, so they are
-for small `--max-model-len`. Signatures and meaning are those of `pallas_kernels.xla`.
+for small `--max-model-len`. No loops either: XLA copies a loop's first counter from memory of its
+own, which a recording must not rest on. Signatures and meaning are those of `pallas_kernels.xla`.
 """
 
 import jax

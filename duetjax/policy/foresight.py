@@ -16,7 +16,10 @@ type Launched = tuple[int, Rows]
 
 
 class Foresight:
-    """Implements `durations.Durations` for one model on one device."""
+    """Implements `durations.Durations` for one model on one device.
+
+    splits: those of the hardware's that can be used; None: all of them.
+    """
 
     def __init__(
         self,
@@ -25,10 +28,12 @@ class Foresight:
         calibration: Calibration | None = None,
         *,
         attention: Attention = Attention.FUSED,
+        splits: tuple[Split, ...] | None = None,
     ) -> None:
         self.hardware = hardware
         self.calibration = calibration or Calibration(model.model, hardware.name)
-        self.splits = hardware.splits()
+        known = hardware.splits()
+        self.splits = known if splits is None else tuple(one for one in known if one in splits)
         self._roofline = Roofline(model, hardware, attention=attention)
         per_unit = self._roofline.per_unit
         self._whole = per_unit(hardware.cores)

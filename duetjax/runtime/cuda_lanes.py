@@ -171,7 +171,9 @@ class CudaLanes:
                 waiting.register(self._closing, selectors.EVENT_READ, "closing")
                 is_closing = False
                 while not (is_closing and all(lane.is_idle for lane in self._lanes)):
-                    is_closing |= any(key.data == "closing" for key, _ in waiting.select())
+                    if any(key.data == "closing" for key, _ in waiting.select()):
+                        is_closing = True
+                        waiting.unregister(self._closing)
                     self._device.clear()  # before looking: what completes from now on wakes again
                     self._deliver_completed()
         except BaseException as failure:  # the engine decides what it means

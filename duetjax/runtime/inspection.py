@@ -116,7 +116,9 @@ def _marker(module: Sequence[Instruction], thunks: Sequence[str]) -> Iterator[st
 def _control(module: Sequence[Instruction]) -> Iterator[str]:
     """What decides or talks on the host, and sorts too wide for one kernel."""
     for each in module:
-        if each.opcode == "conditional":
+        if each.opcode == "constant" and each.is_entry:
+            yield f"{each.name} is a constant in memory of XLA's own"
+        elif each.opcode == "conditional":
             yield f"{each.name} is a conditional"
         elif each.opcode == "while" and "known_trip_count" not in each.text:
             yield f"{each.name} is a while without a known trip count"

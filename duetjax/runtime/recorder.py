@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_SPARE = 2**13
+"""Bytes held beyond temporaries: XLA may have put its own small arrays before them."""
+
 _ANY = 0
 """The marker's number of every program: one is recorded at a time."""
 
@@ -163,18 +166,35 @@ class Recorder:
     def _record(self, key: Key, lane: Lane) -> _Capture:
         """Records a program; every address that it uses is kept from then on."""
         size = self._temporaries[key]
-        take = self._memory.holder(size) if size else None
-        capture = self._capture(key, lane)
-        for last_try in (False, True):
-            if take is not None:  # in the second try the first piece is still held: another one
+        spares = (_SPARE, 0) if size else (0,)
+        takes = [self._memory.holder(size + spare) for spare in spares]
+        capture, reasons = self._capture(key, lane), []
+        for spare, take in zip(spares, takes, strict=True):
+            if size:  # in the second try the first piece is still held: another one
                 capture.held[:] = [take()]
             try:
-                capture.recording.check(self._ranges(capture))
-                break
+                self._check(capture, spare)
+                return capture
             except _launcher.Unsafe as error:
-                if last_try:
-                    raise _launcher.Unsafe(f"{_name(key)}: {error}") from None
-        return capture
+                reasons.append(str(error))
+        raise _launcher.Unsafe(f"{_name(key)}: {'; again: '.join(reasons)}")
+
+    def _check(self, capture: _Capture, spare: int) -> None:
+        """Every address is kept, and the temporaries' last byte too, which nobody addresses.
+
+        What is held is `spare` bytes more than they are, so they end within it if they begin within
+        the spare ones: if an address is used there, as the first of the temporaries always is.
+        """
+        capture.recording.check(self._ranges(capture))
+        for held in capture.held:
+            behind = (_address(held) + spare + 1, held.nbytes - spare - 1, False)
+            others = [one for one in self._ranges(capture) if one[0] != _address(held)]
+            try:
+                capture.recording.check([*others, behind])
+            except _launcher.Unsafe:
+                capture.recording.check(self._ranges(capture))
+            else:
+                raise _launcher.Unsafe("its temporaries do not begin where memory is held for them")
 
     def _capture(self, key: Key, lane: Lane) -> _Capture:
         inputs = self._padding(key)

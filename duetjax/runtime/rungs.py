@@ -115,12 +115,21 @@ def _open(
 
 
 def _numbered(device: "_launcher.Device", splits: Sequence[Split]) -> dict[Split, int]:
-    """The launcher's number of each split; one that came out otherwise is refused."""
-    got = [Split(decode, prefill) for _, decode, prefill in device.splits[1:]]
-    for wanted, made in zip(splits, got, strict=True):
-        if wanted != made:
-            raise ConfigError(
-                f"the GPU makes {made.decode}/{made.prefill} SMs of a split of"
-                f" {wanted.decode}/{wanted.prefill}: choose another hardware profile or --split"
-            )
-    return {split: number for number, split in enumerate(splits, 1)}
+    """The launcher's number of each split that came out as it was asked for.
+
+    Raises `ConfigError` if none did.
+    """
+    made = [Split(decode, prefill) for _, decode, prefill in device.splits[1:]]
+    usable = {one: n for n, one in enumerate(splits, 1) if one == made[n - 1]}
+    others = [
+        f"{got.decode}/{got.prefill} SMs of a split of {one.decode}/{one.prefill}"
+        for one, got in zip(splits, made, strict=True)
+        if one != got
+    ]
+    if splits and not usable:
+        raise ConfigError(
+            f"the GPU makes {', '.join(others)}: choose another --hardware-profile or --split"
+        )
+    if others:
+        _log.warning("left out, as the GPU makes %s", ", ".join(others))
+    return usable

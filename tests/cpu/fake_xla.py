@@ -162,10 +162,11 @@ def view(cuda, address, shape, dtype):
 class FakeExecutable:
     """run: from arguments to outputs, both flat lists of numpy arrays. result: the outputs' shapes.
 
-    donated: which arguments the first outputs are written over. temp_bytes: of temporaries.
-    also: what else its kernel is told the address of. moves: its last output is somewhere else than
-    the marker has seen. clashes: "temporaries" for each time that a kernel has found another one in
-    its own. sms: of every kernel that has run.
+    donated: which arguments the first outputs are written over. temp_bytes: of temporaries; their
+    last byte is one of the kernel's parameters, too, if names_end. table_bytes: of an array that
+    XLA makes before them, and nobody else sees. also: what else its kernel is told the address of.
+    moves: its last output is somewhere else than the marker has seen. clashes: "temporaries" for
+    each time that a kernel has found another one in its own. sms: of every kernel that has run.
     """
 
     memory: FakeMemory
@@ -175,6 +176,8 @@ class FakeExecutable:
     temp_bytes: int
     also: Sequence[FakeArray] = ()
     moves: bool = False
+    table_bytes: int = 0
+    names_end: bool = True
     clashes: list[str] = field(default_factory=list)
     sms: list[int] = field(default_factory=list)
     callbacks: list[object] = field(default_factory=list)
@@ -192,9 +195,11 @@ class FakeExecutable:
             for shape, old in zip(shapes, over, strict=False)
         ]
         outputs += [self.memory.array(each.shape, each.dtype) for each in shapes[len(over) :]]
+        table = self.memory.array((self.table_bytes,), np.uint8) if self.table_bytes else None
         scratch = self.memory.array((self.temp_bytes,), np.uint8)  # XLA's own again on return
         with self._marked([each.unsafe_buffer_pointer() for each in outputs]):
             self._enqueue(given, outputs, scratch)
+        del table
         if self.moves:
             outputs[-1] = self.memory.array(outputs[-1].shape, outputs[-1].dtype)
         self.cuda.call("cuStreamSynchronize", self.cuda.stream)
@@ -212,7 +217,8 @@ class FakeExecutable:
         arrays = (*given, *outputs, scratch)
         kernel = self._kernel([(each.shape, each.dtype) for each in arrays], len(given))
         pointers = [each.unsafe_buffer_pointer() for each in (*arrays, *self.also)]
-        pointers.append(scratch.unsafe_buffer_pointer() + self.temp_bytes - 1)  # a slice of it
+        slice_of_it = self.temp_bytes - 1 if self.names_end else 0
+        pointers.append(scratch.unsafe_buffer_pointer() + slice_of_it)
         values = [c_uint64(pointer) for pointer in pointers]
         params = (c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         config = LaunchConfig(

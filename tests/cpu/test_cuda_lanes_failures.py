@@ -26,6 +26,7 @@ from toy_gpu import (
 
 from duetjax.config import ConfigError
 from duetjax.policy.launch import FinishedStep, Lane
+from duetjax.runtime import recorder
 from duetjax.runtime.rungs import NoRung, Rung
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_SUPPORTED = 2, 700, 801
@@ -236,7 +237,7 @@ def test_without_room_for_what_the_whole_gpu_runs_no_graphs_are_used(cuda, opene
 # Programs that cannot be replayed.
 
 
-@pytest.mark.parametrize("wasted", [1, 50_000])
+@pytest.mark.parametrize("wasted", [recorder._SPARE + 1, 50_000])
 def test_a_program_whose_temporaries_cannot_be_held_is_refused_by_name(cuda, wasted):
     with pytest.raises(NoRung, match=r"(prefill|decode) \d+: .* not inside anything that is kept"):
         Gpu(cuda, memory=FakeMemory(cuda, wasted=wasted))
@@ -268,10 +269,19 @@ def test_temporaries_that_are_not_held_at_first_are_held_in_a_second_try(cuda, o
     check_plans(gpu, seeds=10)
 
 
-def test_temporaries_that_two_pieces_would_hold_together_are_not_trusted_to_them(cuda):
-    """A recording names where its arrays begin and not where they end, so nobody knows."""
-    with pytest.raises(NoRung, match="not inside anything that is kept"):
-        Gpu(cuda, memory=FakeMemory(cuda, wasted=256))
+def test_temporaries_behind_a_small_array_of_xlas_are_held_to_their_end(cuda, opened):
+    """It is given back with them, so what is held in their place begins where it was."""
+    gpu = opened(table_bytes=320)
+    rest = gpu.memory.rest()
+    for piece in rest:
+        piece.view()[:] = 0x5A
+    check_plans(gpu, seeds=10)
+    assert all((piece.view() == 0x5A).all() for piece in rest)
+
+
+def test_temporaries_far_behind_what_is_held_are_not_trusted_to_end_in_it(cuda):
+    with pytest.raises(NoRung, match=r"\d+: its temporaries do not begin where memory is held"):
+        Gpu(cuda, table_bytes=recorder._SPARE + 2000, names_end=False)
 
 
 def test_a_program_that_uses_memory_which_nobody_keeps_is_refused_by_name(cuda):
@@ -348,7 +358,7 @@ def test_a_recording_that_fails_ends_so_that_the_next_one_can_begin(cuda, opened
 def test_without_memory_to_hold_the_temporaries_in_every_rung_says_so(cuda):
     with pytest.raises(NoRung) as refused:
         Gpu(cuda, memory=Refusing(cuda))
-    assert str(refused.value).count("no room for 3000 bytes") == 3
+    assert str(refused.value).count(f"no room for {3000 + recorder._SPARE} bytes") == 3
 
 
 # A device that fails in flight.

@@ -61,9 +61,9 @@ def planned(gpu, monkeypatch):
 
 def test_a_gpu_s_plan_counts_slots_and_what_recordings_keep(gpu, planned):
     programs, memory, made = planned()
-    assert memory.temporaries == devices._OUTPUT_BYTES + 2 * 1000 + 3 * 5000
+    assert memory.temporaries == devices._OUTPUT_BYTES + 2 * 1000 + 2 * 5000 + 5000
     each = {(kind, 2**i): 100 for kind in Program for i in range(3)}
-    assert gpu().needed(each) == devices._OUTPUT_BYTES + 3 * 100 + 2 * 3 * 100
+    assert gpu().needed(each) == devices._OUTPUT_BYTES + 3 * 100 + 2 * 3 * 100 + 100
     assert memory.slots == programs.slots.num_bytes
     assert made.layout.num_pages == 4 * 4 + 1, "no more than 4 full contexts need"
     assert programs.target.has_marker
@@ -131,9 +131,27 @@ def test_without_lanes_a_gpu_makes_plain_calls_and_says_why(gpu, ready, monkeypa
 
 
 def test_xla_is_told_its_share_of_the_memory_before_it_starts(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    current, deprecated = devices._FRACTIONS
+    monkeypatch.setenv(current, "")
+    monkeypatch.setenv(deprecated, "0.3")
     find_device(EngineConfig(gpu_memory_utilization=0.7))
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.7"
+    assert os.environ[current] == ""
+    monkeypatch.delenv(deprecated)
+    find_device(EngineConfig(gpu_memory_utilization=0.7))
+    assert os.environ[current] == "0.7"
+
+
+def test_an_allocator_that_gives_memory_away_is_refused(gpu, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+    with pytest.raises(ConfigError, match=r"XLA_PYTHON_CLIENT_ALLOCATOR=platform.*unset it"):
+        gpu()
+
+
+def test_an_open_context_is_short_where_every_row_costs_the_longest(planned, caplog):
+    with caplog.at_level("INFO"):
+        _, _, made = planned(max_model_len=None)
+    assert made.max_model_len == min(4096, MODEL.max_position_embeddings)
+    assert "--max-model-len" in caplog.text
 
 
 def test_splits_are_wanted_by_policies_that_choose_them():
