@@ -85,6 +85,9 @@ class _Telling(Recorder):
 
     def _tell(self, name: str, capture: _Capture) -> None:
         outside = sorted(strays(capture.recording, self._ranges(capture)).items())
+        if not outside:  # the last piece that was held has all of them: too late, or too far behind
+            self.bench.note(**{f"{name}_outside": {"addresses": 0, "held": _places(capture)}})
+            return
         addresses = {"first": f"{outside[0][0]:#x}", "last": f"{outside[-1][0]:#x}"}
         found = {"addresses": len(outside), **addresses, "held": _places(capture)}
         self.bench.note(**{f"{name}_outside": found})
