@@ -119,6 +119,17 @@ def _asked(engine: EngineConfig) -> Asked:
     return Asked(engine.kernels)
 
 
+def _do_without_lanes(backend: str, reason: str) -> None:
+    """Says why there are none, or refuses if they were asked for."""
+    if backend == Backend.LANES:
+        raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
+    _log.warning("launches are plain JAX calls, one after another: %s", reason)
+
+
+def _plain(ready: Ready) -> InOrder:
+    return InOrder(JaxDevice(ready.programs, ready.executables, ready.weights))
+
+
 def _of_kind(temporaries: Mapping[Key, int], wanted: Program) -> list[int]:
     return [size for (kind, _), size in temporaries.items() if kind is wanted]
 
@@ -166,9 +177,7 @@ class Host:
             _log.info("launches run in lanes, beside each other where the policy says so")
             host_kernels.register()
             return Parts(host_kernels, host_kernels.product, in_pool=True)
-        if self._backend == Backend.LANES:
-            raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
-        _log.warning("launches are plain JAX calls, one after another: %s", reason)
+        _do_without_lanes(self._backend, reason)
         return Parts(xla)
 
     def foreseen(self, programs: Programs) -> int:
@@ -185,7 +194,7 @@ class Host:
         """See `Device`; threads share all cores, so splits are not asked for."""
         programs = ready.programs
         if not programs.layout.in_pool:
-            return InOrder(JaxDevice(programs, ready.executables, ready.weights))
+            return _plain(ready)
         self.rung = Rung.LANES
         pool = host_kernels.open_pool(programs.layout)
         return HostLanes(programs, ready.executables, ready.weights, pool)
@@ -254,19 +263,18 @@ class Gpu:
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
     ) -> Runner:
         """See `Device`. Raises `ConfigError` if lanes were asked for and cannot be."""
-        programs, executables, temporaries, weights = (
-            ready.programs,
-            ready.executables,
-            ready.temporaries,
-            ready.weights,
-        )
         if self._backend == Backend.JAX:
-            return InOrder(JaxDevice(programs, executables, weights))
+            return _plain(ready)
         reason = "the launcher has not been built; install a C compiler, then duetjax anew"
-        if programs.target.has_marker:
+        if self.target.has_marker:
             try:
                 lanes, self.rung = open_lanes(
-                    programs, executables, weights, temporaries, splits, built=told
+                    ready.programs,
+                    ready.executables,
+                    ready.weights,
+                    ready.temporaries,
+                    splits,
+                    built=told,
                 )
             except NoRung as error:
                 reason = str(error)
@@ -274,10 +282,8 @@ class Gpu:
                 self.splits = lanes.splits
                 _log.info("launches run as %s on %d splits", self.rung, len(lanes.splits))
                 return lanes
-        if self._backend == Backend.LANES:
-            raise ConfigError(f"--backend lanes: {reason}; leave it out to run plain JAX calls")
-        _log.warning("launches are plain JAX calls, one after another: %s", reason)
-        return InOrder(JaxDevice(programs, executables, weights))
+        _do_without_lanes(self._backend, reason)
+        return _plain(ready)
 
     def _statistics(self) -> Mapping[str, int]:
         statistics: Mapping[str, int] | None = jax.devices()[0].memory_stats()

@@ -185,16 +185,15 @@ class Recorder:
         What is held is `spare` bytes more than they are, so they end within it if they begin within
         the spare ones: if an address is used there, as the first of the temporaries always is.
         """
-        capture.recording.check(self._ranges(capture))
         for held in capture.held:
             behind = (_address(held) + spare + 1, held.nbytes - spare - 1, False)
             others = [one for one in self._ranges(capture) if one[0] != _address(held)]
             try:
                 capture.recording.check([*others, behind])
             except _launcher.Unsafe:
-                capture.recording.check(self._ranges(capture))
-            else:
-                raise _launcher.Unsafe("its temporaries do not begin where memory is held for them")
+                continue
+            raise _launcher.Unsafe("its temporaries do not begin where memory is held for them")
+        capture.recording.check(self._ranges(capture))
 
     def _capture(self, key: Key, lane: Lane) -> _Capture:
         inputs = self._padding(key)

@@ -18,14 +18,16 @@ from toy_gpu import (
     Gpu,
     Twin,
     check_state,
+    closing,
     decode_launch,
+    delivered,
     everything,
     play,
     prefill_launch,
 )
 
 from duetjax.config import ConfigError
-from duetjax.policy.launch import FinishedStep, Lane
+from duetjax.policy.launch import Lane
 from duetjax.runtime import recorder
 from duetjax.runtime.rungs import NoRung, Rung
 
@@ -364,16 +366,8 @@ def test_without_memory_to_hold_the_temporaries_in_every_rung_says_so(cuda):
 # A device that fails in flight.
 
 
-def rest_of(gpu):
-    """What has been delivered and not taken."""
-    while not gpu.deliveries.is_empty():
-        one = gpu.deliveries.take()
-        yield (one.ticket, one.step) if isinstance(one, FinishedStep) else type(one)
-
-
 def closed(gpu):
-    thread = threading.Thread(target=gpu.lanes.close, daemon=True)
-    thread.start()
+    thread = closing(gpu)
     thread.join(PATIENCE)
     return not thread.is_alive()
 
@@ -400,13 +394,13 @@ def test_a_device_that_dies_in_flight_is_delivered_once_and_last(cuda, opened):
     with pytest.raises(_launcher.DeviceDead):
         gpu.lanes.submit(decode_launch(2, 0))
     assert closed(gpu)
-    assert list(rest_of(gpu)) == []
+    assert list(delivered(gpu)) == []
 
 
 def test_closing_a_device_that_dies_meanwhile_delivers_its_failure_and_returns(cuda, opened):
     gpu = dying(cuda, opened)
     assert closed(gpu)
-    assert list(rest_of(gpu)) == [_launcher.DeviceDead]
+    assert list(delivered(gpu)) == [_launcher.DeviceDead]
 
 
 def test_a_launch_that_the_driver_refuses_halfway_is_raised_and_delivered(cuda, opened):
@@ -415,7 +409,7 @@ def test_a_launch_that_the_driver_refuses_halfway_is_raised_and_delivered(cuda, 
     with pytest.raises(_launcher.DeviceDead, match="cuGraphLaunch"):
         gpu.lanes.submit(decode_launch(0, 0, k=3))
     assert closed(gpu)
-    *_, failure = rest_of(gpu)
+    *_, failure = delivered(gpu)
     assert failure is _launcher.DeviceDead
 
 
@@ -429,7 +423,7 @@ def test_a_submit_that_waits_for_room_raises_when_the_device_dies(cuda, opened):
     with pytest.raises(_launcher.DeviceDead):
         gpu.lanes.submit(decode_launch(16, 0, k=16))
     dies.join()
-    assert list(rest_of(gpu)) in ([], [_launcher.DeviceDead])
+    assert list(delivered(gpu)) in ([], [_launcher.DeviceDead])
 
 
 def test_a_failing_device_before_the_start_is_raised(cuda, opened):

@@ -15,7 +15,9 @@ from toy_gpu import (
     Gpu,
     Twin,
     check_state,
+    closing,
     decode_launch,
+    delivered,
     everything,
     prefill_launch,
 )
@@ -229,20 +231,6 @@ def test_launches_run_one_at_a_time_before_the_start_and_are_not_delivered_again
 
 
 # The end.
-
-
-def delivered(gpu):
-    """What has been delivered and not taken."""
-    while not gpu.deliveries.is_empty():
-        one = gpu.deliveries.take()
-        yield (one.ticket, one.step) if isinstance(one, FinishedStep) else type(one)
-
-
-def closing(gpu):
-    """Closes the lanes in a thread."""
-    thread = threading.Thread(target=gpu.lanes.close, daemon=True)
-    thread.start()
-    return thread
 
 
 def in_flight():

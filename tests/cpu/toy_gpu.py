@@ -1,5 +1,6 @@
 """The toy's programs on the double's GPU, launches for them, and what must come out."""
 
+import threading
 from dataclasses import replace
 
 import jax
@@ -10,7 +11,7 @@ from lane_plans import Asked, Deliveries, Fickle, Plan
 from lane_programs import prompt_launch
 
 from duetjax.config import SamplingParams
-from duetjax.policy.launch import Lane, Launch, Program, Split
+from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split
 from duetjax.policy.policies import Duet
 from duetjax.policy.request import NewRequest
 from duetjax.runtime.programs import Upkeep
@@ -168,3 +169,17 @@ def check_state(twin):
     lanes = [gpu.content(each, serial.progress)[slots] for each in held.progress.values()]
     last_moved_by = [(rows == serial.progress[slots]).all(1) for rows in lanes]
     assert np.logical_or(*last_moved_by).all()
+
+
+def delivered(gpu):
+    """What has been delivered and not taken."""
+    while not gpu.deliveries.is_empty():
+        one = gpu.deliveries.take()
+        yield (one.ticket, one.step) if isinstance(one, FinishedStep) else type(one)
+
+
+def closing(gpu):
+    """Closes the lanes in a thread."""
+    thread = threading.Thread(target=gpu.lanes.close, daemon=True)
+    thread.start()
+    return thread
