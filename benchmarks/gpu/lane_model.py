@@ -14,10 +14,9 @@ import numpy as np
 from duetjax.checkpoint.dummy import dummy_weights
 from duetjax.config import ModelConfig
 from duetjax.devices import capability
-from duetjax.model import layers
 from duetjax.model.kv_pages import Kernels, KVLayout
 from duetjax.policy.launch import Launch, Split, StepResult
-from duetjax.runtime import host_kernels, placeholders
+from duetjax.runtime import host_kernels
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import Chain, Intake, JaxDevice, step_result
 from duetjax.runtime.host_lanes import HostLanes
@@ -79,10 +78,8 @@ def make_with_mosaic(bench: "Bench") -> Rig:
 
 
 def _on_gpu(bench: "Bench", kernels: Kernels = xla_fixed) -> Rig:
-    placeholders.register_placeholders()
-    target = replace(local_target(), has_marker=True)
     config, layout, slots = _sizes(WIDE)
-    programs = Programs(config, layout, slots, WIDE.buckets, target, kernels)
+    programs = Programs(config, layout, slots, WIDE.buckets, local_target(), kernels)
     executables, temporaries = _compile(bench, programs)
     weights = _weights(bench, programs)
     return Rig(
@@ -104,7 +101,7 @@ def _on_host(bench: "Bench") -> Rig:
     config, layout, slots = _sizes(NARROW)
     layout = replace(layout, in_pool=True)
     parts = (config, layout, slots, NARROW.buckets, local_target(), host_kernels)
-    programs = Programs(*parts, getattr(host_kernels, "product", layers.product))
+    programs = Programs(*parts, host_kernels.product)
     executables, temporaries = _compile(bench, programs)
     weights, pool = _weights(bench, programs), partial(host_kernels.open_pool, layout)
     return Rig(
