@@ -230,4 +230,5 @@ def work(name: str, dtype: str, files: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # transformers would take kernels.py beside this file for another package
     work(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

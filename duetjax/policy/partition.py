@@ -38,11 +38,11 @@ class Outcome(StrEnum):
 class Candidates(NamedTuple):
     """What could run: S splits, J prefill sizes; times in ms, as they are predicted.
 
-    rows: decoding, at least one. splits [S]: no two alike. decode_ms [S]: one decode step beside
-    prefill. prefill_tokens [J]: ascending, positive. prefill_ms: of every size, on the split of an
-    index; on a later split a launch is never shorter. It is asked of few splits. whole_decode_ms:
-    one decode step on the whole device, alone. A time that is not finite and positive rules out
-    whatever needs it.
+    rows: decoding, at least one. splits [S]: by their decode share, ascending. decode_ms [S]: one
+    decode step beside prefill. prefill_tokens [J]: ascending, positive. prefill_ms: of every size,
+    on the split of an index; on a later split a launch is never shorter. It is asked of few splits.
+    whole_decode_ms: one decode step on the whole device, alone. A time that is not finite and
+    positive rules out whatever needs it.
     """
 
     rows: int
@@ -109,9 +109,9 @@ class Choice(NamedTuple):
         return f"decode meets {slo}: {run}, kept as another split's {best} are too little more"
 
 
-type _Cell = tuple[float, int, int, int, int, float, float]
-"""What could run: tokens per ms, then decode cores, prompt tokens and k, by which ties are broken,
-then the index of its split, and the ms of a decode step and of the prefill launch."""
+type _Cell = tuple[float, int, int, int, float, float]
+"""What could run: tokens per ms, then the index of its split, prompt tokens and k, by which ties are
+broken, then the ms of a decode step and of the prefill launch."""
 
 
 def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Choice:
@@ -132,13 +132,16 @@ def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Ch
     assert bounds.max_k >= 1, bounds
     assert bounds.hysteresis >= 0, bounds
     longest_ms = min(bounds.tbt_slo_ms, _LARGEST)
-    shares = [split.decode for split in candidates.splits]
-    kept = shares.index(previous.decode) if previous and previous.decode in shares else None
+    kept = _index(candidates.splits, previous)
     if cells := _feasible(candidates, bounds, longest_ms, kept):
         return _on_split(Outcome.SPLIT, candidates, bounds, cells, kept)
     is_enough = 0 < candidates.whole_decode_ms <= longest_ms
-    by_share = sorted(range(len(shares)), key=shares.__getitem__, reverse=not is_enough)
-    cell = next(filter(None, (_smallest(candidates, bounds, s) for s in by_share)), None)
+    by_share = range(len(candidates.splits))
+    for s in by_share if is_enough else reversed(by_share):
+        if (cell := _smallest(candidates, bounds, s)) is not None:
+            break
+    else:
+        cell = None
     if cell is None:
         nothing = Outcome.UNPREDICTED, None, 0, 0, 0.0, 0.0, 0.0, 0.0
         return Choice(*nothing, bounds.tbt_slo_ms, candidates.whole_decode_ms)
@@ -147,13 +150,12 @@ def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Ch
     return _on_split(Outcome.LARGEST_DECODE_SHARE, candidates, bounds, [cell], None)
 
 
-def _sizes(candidates: Candidates, bounds: Bounds) -> list[tuple[int, float]]:
-    """Prompt tokens of a prefill launch of each size, and how many ms it may take."""
-    longest_ms = min(bounds.max_prefill_ms, _LARGEST)
-    return [
-        (tokens, longest_ms if j else _LARGEST)
-        for j, tokens in enumerate(candidates.prefill_tokens)
-    ]
+def _index(splits: Sequence[Split], previous: Split | None) -> int | None:
+    """Which of them has the decode share of the previous one."""
+    if previous is None:
+        return None
+    shares = [split.decode for split in splits]
+    return shares.index(previous.decode) if previous.decode in shares else None
 
 
 def _feasible(
@@ -165,27 +167,27 @@ def _feasible(
     if it ran all the time, and prefill is no faster than on any earlier split.
     """
     cells: list[_Cell] = []
-    rows, max_k, best, fastest = candidates.rows, bounds.max_k, 0.0, math.inf
+    rows, _, decode_ms_on, tokens_of, prefill_ms_on, _ = candidates
+    most_ms, best, fastest = min(bounds.max_prefill_ms, _LARGEST), 0.0, math.inf
     enough, enough_to_keep = 0.0, 0.0
-    sizes = _sizes(candidates, bounds)
-    for s, decode_ms in enumerate(candidates.decode_ms):
+    for s, decode_ms in enumerate(decode_ms_on):
         if not 0 < decode_ms <= longest_ms:
             continue
         decoded, least = rows / decode_ms, enough_to_keep if s == kept else enough
         if decoded + fastest < least:
             continue
-        fastest = 0.0
-        for (tokens, allowed_ms), prefill_ms in zip(sizes, candidates.prefill_ms(s), strict=True):
-            prefilled = tokens / prefill_ms if prefill_ms > 0 else math.inf  # nobody knows
+        fastest, allowed_ms = 0.0, _LARGEST
+        for tokens, prefill_ms in zip(tokens_of, prefill_ms_on(s), strict=True):
+            prefilled = tokens / prefill_ms if 0 < prefill_ms <= _LARGEST else math.inf  # unknown
             if prefilled > fastest:
                 fastest = prefilled
             if decoded + prefilled >= least and 0 < prefill_ms <= allowed_ms:
-                rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, max_k)
-                cores = candidates.splits[s].decode
-                cells.append((rate, cores, tokens, k, s, decode_ms, prefill_ms))
+                rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, bounds.max_k)
+                cells.append((rate, s, tokens, k, decode_ms, prefill_ms))
                 if rate > best:
                     best, enough = rate, rate * _TIED
                     enough_to_keep = enough / (1 + bounds.hysteresis)
+            allowed_ms = most_ms
     return cells
 
 
@@ -218,12 +220,12 @@ def _on_split(
 ) -> Choice:
     """The best of some cells, or of those of the split to be kept if they are good enough."""
     best = enough = max(cells)[0]
-    if own := [cell for cell in cells if cell[4] == kept]:
+    if kept is not None and (own := [cell for cell in cells if cell[1] == kept]):
         own_rate = max(own)[0]
         if best * _TIED <= own_rate * (1 + bounds.hysteresis):
             cells, enough = own, own_rate
     tied = [cell for cell in cells if cell[0] >= enough * _TIED]
-    rate, _, tokens, k, s, decode_ms, prefill_ms = max(tied, key=itemgetter(1, 2, 3))
+    rate, s, tokens, k, decode_ms, prefill_ms = max(tied, key=itemgetter(1, 2, 3))
     return Choice(
         outcome,
         candidates.splits[s],
@@ -240,20 +242,21 @@ def _on_split(
 
 def _smallest(candidates: Candidates, bounds: Bounds, s: int) -> _Cell | None:
     """The smallest prefill launch that can run on a split."""
-    rows, decode_ms, cores = candidates.rows, candidates.decode_ms[s], candidates.splits[s].decode
+    rows, decode_ms, most_ms = candidates.rows, candidates.decode_ms[s], bounds.max_prefill_ms
     if not 0 < decode_ms <= _LARGEST:
         return None
-    sizes = _sizes(candidates, bounds)
-    for (tokens, allowed_ms), prefill_ms in zip(sizes, candidates.prefill_ms(s), strict=True):
+    allowed_ms = _LARGEST
+    for tokens, prefill_ms in zip(candidates.prefill_tokens, candidates.prefill_ms(s), strict=True):
         if 0 < prefill_ms <= allowed_ms:
             rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, bounds.max_k)
-            return rate, cores, tokens, k, s, decode_ms, prefill_ms
+            return rate, s, tokens, k, decode_ms, prefill_ms
+        allowed_ms = min(most_ms, _LARGEST)
     return None
 
 
 def _alone(candidates: Candidates, bounds: Bounds, cell: _Cell) -> Choice:
     """Decode on the whole device in turn with a prefill launch."""
-    _, _, tokens, _, _, _, prefill_ms = cell
+    _, _, tokens, _, _, prefill_ms = cell
     step_ms, slo_ms = candidates.whole_decode_ms, bounds.tbt_slo_ms
     slack = slo_ms - step_ms
     needed = prefill_ms / slack if slack > 0 else math.inf

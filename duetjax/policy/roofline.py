@@ -60,9 +60,8 @@ class Roofline:
                 f"token_shares must be {model.num_layers} numbers from 0 to 1, not {token_shares}"
             )
         self._model = model
-        self._causal = causal
         self._by_row = Attention(attention) is Attention.PER_REQUEST
-        self._share = sum(shares) / len(shares)
+        share = sum(shares) / len(shares)
         self._curves = {program: _Curve(model, program) for program in Program}
         self._launch_ms = hardware.launch_us / 1e3
         contention = {
@@ -72,8 +71,12 @@ class Roofline:
             Lane.PREFILL: hardware.contention_prefill,
         }
         of_layers = float(model.num_layers * model.head_dim * model.dtype_bytes)
-        self._flops_per_pair = float(model.num_layers * model.num_heads * (4 * model.head_dim + 2))
-        self._bytes_per_query = 2 * model.num_heads * of_layers
+        per_pair = float(model.num_layers * model.num_heads * (4 * model.head_dim + 2))
+        per_query = 2 * model.num_heads * of_layers
+        self._unseen = 0.5 if causal else 0.0  # by the average query, of each other one's keys
+        # Of all tokens in the layers that compute them, and of the last one in the other layers.
+        self._flops_per_pair, self._flops_per_last = share * per_pair, (1 - share) * per_pair
+        self._bytes_per_query, self._bytes_of_last = share * per_query, (1 - share) * per_query
         self._bytes_per_key = 2 * model.num_kv_heads * of_layers
         reached = zip(*((at.flops_per_s, at.bytes_per_s) for at in hardware.curve), strict=True)
         columns = [_ms_per_unit(hardware, column) for column in reached]
@@ -213,12 +216,11 @@ class Roofline:
         Per layer F = (4 D + 2) H pairs, two products and the softmax over every pair of query and
         key, and B = 2 H q D s + 2 K (q + c) D s: queries in, outputs out, keys and values once.
         """
-        share, context = self._share, q + c
-        computed = share * q + (1 - share)  # queries of the average layer
-        pairs = q * (context - 0.5 * (q - 1) if self._causal else context)
-        pairs = share * pairs + (1 - share) * context
-        moved = computed * self._bytes_per_query + context * self._bytes_per_key
-        return pairs * self._flops_per_pair, moved
+        context = q + c
+        pairs = q * (context - self._unseen * (q - 1))
+        flops = pairs * self._flops_per_pair + context * self._flops_per_last
+        moved = q * self._bytes_per_query + context * self._bytes_per_key + self._bytes_of_last
+        return flops, moved
 
 
 class Rows(NamedTuple):

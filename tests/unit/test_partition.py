@@ -109,7 +109,8 @@ def random_case(rng):
     for ms in (decode_ms, prefill_ms):
         broken = rng.random(ms.shape) < (0.0, 0.0, 0.0, 0.0, 0.2, 0.8)[rng.integers(6)]
         ms[broken] = np.array(BROKEN)[rng.integers(len(BROKEN), size=broken.sum())]
-    splits = tuple(Split(int(cores), 48 - int(cores)) for cores in rng.permutation(5)[:S] * 8 + 8)
+    shares = np.sort(rng.permutation(5)[:S]) * 8 + 8
+    splits = tuple(Split(int(cores), 48 - int(cores)) for cores in shares)
     sizes = tuple(sorted(rng.integers(1, 9, J).tolist()))
     some = listed(
         int(rng.integers(1, 9)),
@@ -125,7 +126,7 @@ def random_case(rng):
         (1.0, 10.0, 20.0, math.inf)[rng.integers(4)],
         (0.0, 0.05, 0.5)[rng.integers(3)],
     )
-    return some, bounds, splits[0] if rng.random() < 0.6 else None
+    return some, bounds, splits[rng.integers(S)] if rng.random() < 0.6 else None
 
 
 def test_searching_everything_finds_nothing_else_in_ten_thousand_cases():
@@ -194,7 +195,7 @@ def test_of_equally_good_splits_the_previous_one_is_kept(previous):
 
 
 def test_of_equally_good_splits_the_one_with_most_decode_cores_is_chosen():
-    some = candidates(10, [4.0, 4.0], {100: [10.0, 10.0]}, splits=(LARGE, SMALL))
+    some = candidates(10, [4.0, 4.0], {100: [10.0, 10.0]}, splits=(SMALL, LARGE))
     assert choose(some, Bounds(5.0, 8), None).split == LARGE
     assert choose(some, Bounds(5.0, 8), Split(8, 124)).split == LARGE
 
@@ -217,18 +218,18 @@ def test_of_two_equally_good_k_the_larger_one_is_chosen():
 
 # Changing the split.
 
-NEAR = candidates(10, [5.0, 5.0], {100: [10.0 / 1.04, 10.0]}, splits=(HALF, SMALL))
-"""11 tokens a ms on SMALL, and 4 % more on HALF."""
+NEAR = candidates(10, [5.0, 5.0], {100: [10.0 / 1.04, 10.0]}, splits=(SMALL, HALF))
+"""11 tokens a ms on HALF, and 4 % more on SMALL."""
 
 
 def test_a_split_is_changed_only_for_a_gain_above_the_hysteresis():
     bounds = Bounds(5.0, 1, hysteresis=0.05)
-    kept = choose(NEAR, bounds, SMALL)
-    assert kept.split == SMALL
+    kept = choose(NEAR, bounds, HALF)
+    assert kept.split == HALF
     assert kept.best_throughput == pytest.approx(1.04 * kept.throughput)
-    assert choose(NEAR, Bounds(5.0, 1, hysteresis=0.03), SMALL).split == HALF
-    assert choose(NEAR, bounds, None).split == HALF
-    assert choose(NEAR, bounds, LARGE).split == HALF
+    assert choose(NEAR, Bounds(5.0, 1, hysteresis=0.03), HALF).split == SMALL
+    assert choose(NEAR, bounds, None).split == SMALL
+    assert choose(NEAR, bounds, LARGE).split == SMALL
 
 
 def test_a_previous_split_that_breaks_the_objective_is_left_whatever_the_hysteresis():
@@ -348,7 +349,7 @@ def test_a_reason_names_the_objective_the_split_and_both_times():
 
 
 def test_the_reason_for_a_kept_split_names_what_another_would_give():
-    choice = choose(NEAR, Bounds(5.0, 1), SMALL)
+    choice = choose(NEAR, Bounds(5.0, 1), HALF)
     assert "kept" in choice.reason
     assert f"{choice.best_throughput:.4g} tokens/s" in choice.reason
     assert "kept" not in choose(NEAR, Bounds(5.0, 1), None).reason
