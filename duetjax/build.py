@@ -186,7 +186,7 @@ def _plan(
         plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=device.is_host))
         plan = replace(plan, layout=replace(plan.layout, in_pool=parts.in_pool))
         slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
-        buckets = _buckets(engine, plan)
+        buckets = _buckets(engine, plan, parts.fewest_rows)
         kernels, product = parts.kernels, parts.product
         return Programs(config, plan.layout, slots, buckets, device.target, kernels, product), plan
 
@@ -224,17 +224,18 @@ class _GraphBar:
         self._bar.update()
 
 
-def _buckets(engine: EngineConfig, plan: MemoryPlan) -> Buckets:
-    """Decode rows in powers of 2 from 2; prefill tokens in powers of 4 up to the token budget.
+def _buckets(engine: EngineConfig, plan: MemoryPlan, fewest_rows: int) -> Buckets:
+    """Decode rows in powers of 2; prefill tokens in powers of 4 up to the token budget.
 
     Deterministic: the largest of each alone, as sums are ordered differently in each bucket.
     """
-    rows = max(1, math.ceil(math.log2(engine.max_num_seqs)))
     largest = min(engine.max_num_batched_tokens, engine.max_num_seqs * plan.max_model_len)
     prefill = [largest]
     while prefill[0] > 4 * _SMALLEST_PREFILL:
         prefill.insert(0, prefill[0] // 4)
-    decode = [2**power for power in range(1, rows + 1)]
+    decode = [fewest_rows]
+    while decode[-1] < engine.max_num_seqs:
+        decode.append(2 * decode[-1])
     if engine.deterministic:
         decode, prefill = decode[-1:], prefill[-1:]
     return Buckets(tuple(decode), tuple(prefill), engine.max_num_seqs)

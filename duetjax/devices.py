@@ -43,12 +43,14 @@ _OUTPUT_BYTES = 256 * 2**20
 class Parts:
     """What programs are made of. in_pool: KV pages lie outside XLA.
 
-    usual_tokens: context length that the kernels are meant for, where nobody asks for another.
+    fewest_rows: of a decode program, 1 or 2. usual_tokens: context length that the kernels are
+    meant for, where nobody asks for another.
     """
 
     kernels: Kernels
     product: layers.Product = layers.product
     in_pool: bool = False
+    fewest_rows: int = 2
     usual_tokens: int | None = None
 
 
@@ -176,7 +178,7 @@ class Host:
         if reason is None:
             _log.info("launches run in lanes, beside each other where the policy says so")
             host_kernels.register()
-            return Parts(host_kernels, host_kernels.product, in_pool=True)
+            return Parts(host_kernels, host_kernels.product, in_pool=True, fewest_rows=1)
         _do_without_lanes(self._backend, reason)
         return Parts(xla)
 

@@ -110,8 +110,8 @@ class Choice(NamedTuple):
 
 
 type _Cell = tuple[float, int, int, int, float, float]
-"""What could run: tokens per ms, then the index of its split, prompt tokens and k, by which ties are
-broken, then the ms of a decode step and of the prefill launch."""
+"""What could run: tokens per ms, then the index of its split, prompt tokens and k, by which ties
+are broken, then the ms of a decode step and of the prefill launch."""
 
 
 def choose(candidates: Candidates, bounds: Bounds, previous: Split | None) -> Choice:
