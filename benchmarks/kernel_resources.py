@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler says of every form of the decode kernel, compiled for an absent GPU."""
+"""What NVIDIA's assembler says of every form of the kernels, compiled for an absent GPU."""
 
 import os
 import re
@@ -17,6 +17,7 @@ from pallas_kernels.shapes import DTYPES, FP8, HEAD_DIMS, PAGE_SIZES, PLAIN_SCOR
 from pallas_kernels.tuning import Case, tuning_for
 
 B, K, PAGES, TABLE_WIDTH = 64, 8, 64, 128
+T = 2048
 SPECIAL = (Scores(soft_cap=50.0), Scores(window=4096))
 
 
@@ -38,32 +39,36 @@ def every_form(gpu: str) -> list[dict[str, object]]:
 
 
 def resources(target: Target, case: Case, scores: Scores, group: int = 4) -> dict[str, object]:
-    """Registers, bytes of spills and of shared memory by kernel, and seconds to compile both."""
+    """Registers, bytes of spills and of shared memory by kernel, and seconds to compile all.
+
+    Registers of prefill are those that every thread begins with; see `prefill.MOST_REGISTERS`.
+    """
     entry = tuning_for(case)
     assert entry is not None, case
     kernels, D, S = MosaicKernels(entry.tuning, scores), case.head_dim, case.page_size
     is_fp8 = case.dtype == FP8
     arguments = (
-        target.abstract((B, K * group, D), "bfloat16" if is_fp8 else case.dtype),
+        target.abstract((T, K * group, D), "bfloat16" if is_fp8 else case.dtype),
         target.abstract((PAGES, K, 2, S, D), case.dtype),
         target.abstract((B, TABLE_WIDTH), jnp.int32),
-        target.abstract((B,), jnp.int32),
+        (target.abstract((B + 1,), jnp.int32), target.abstract((B,), jnp.int32)),
         *[target.abstract((PAGES, K, 2), jnp.float32)] * is_fp8,
     )
     os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
     start = time.perf_counter()
     with printed() as report:
         with target.context():
-            lowered = jax.jit(kernels.decode_with_lse).lower(*arguments)
+            lowered = jax.jit(kernels.prefill_with_lse).lower(*arguments)
         target.compile(lowered)
     seconds, text = time.perf_counter() - start, report[0]
     names = re.findall(r"entry function '(\w+)_mosaic_gpu_kernel'", text)
     registers = map(int, re.findall(r"Used (\d+) registers", text))
     shared = map(int, re.findall(r"smem_scratch_bytes=(\d+)", text))
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", text)))
+    spilled = sum(map(int, re.findall(r"frame, (\d+) bytes spill stores", text)))
+    in_program = sorted(names, key=lowered.as_text().index)  # the order in which they are lowered
     return {
         "registers": dict(zip(names, registers, strict=True)),
-        "shared_bytes": dict(zip(names, shared, strict=True)),
+        "shared_bytes": dict(zip(in_program, shared, strict=True)),
         "spilled_bytes": spilled,
         "compile_seconds": round(seconds, 2),
     }

@@ -1,14 +1,18 @@
-"""How fast the decode kernel is, as a share of what copying memory reaches on the same GPU.
+"""How fast the kernels are: decode beside copying memory, prefill beside cuDNN, on the same GPU.
 
     python benchmarks/kernels.py decode [--out FILE]
+    python benchmarks/kernels.py prefill
+    python benchmarks/kernels.py slices
     python benchmarks/kernels.py write
     python benchmarks/kernels.py resources [--gpu h200-sxm]
 
 decode: time per call and layer, bytes it must move per second, over bytes per second of a copy, and
-the largest error of a head against XLA's kernels. Without a GPU the same kernels run in Pallas'
-interpreter at toy sizes, and times mean nothing. write: keys and values written by XLA and by us.
-resources: registers, shared memory, spills and compile time of every form, on no GPU. The last line
-is one JSON document.
+the largest error of a head against XLA's kernels. prefill: FLOPs per second, those of cuDNN's
+attention on the dense equivalent and of XLA's kernels, and the same error. Without a GPU the same
+kernels run in Pallas' interpreter at toy sizes, and times mean nothing. slices: the first load of
+both on the GPU and on parts of it, which needs the launcher. write: keys and values written by XLA
+and by us. resources: registers, shared memory, spills and compile time of every form, on no GPU.
+The last line is one JSON document.
 """
 
 import argparse
@@ -24,6 +28,10 @@ import jax
 import numpy as np
 from checkout import commit
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_prefill import GOAL as PREFILL_GOAL
+from kernel_prefill import HEADER, PrefillLoad, measured
+from kernel_prefill import LOADS as PREFILL_LOADS
+from kernel_prefill import TOYS as PREFILL_TOYS
 from kernel_resources import every_form
 from kernel_writes import write_seconds
 
@@ -32,7 +40,7 @@ from pallas_kernels.choice import ModelShapes, choose
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.shapes import Tuning
-from pallas_kernels.timing import CALLS, Workload, copy_bytes_per_s, decode_seconds
+from pallas_kernels.timing import CALLS, Workload, copy_bytes_per_s, decode_seconds, repeated
 
 LLAMA, QWEN_1B, GEMMA = Heads(32, 8, 128, 2), Heads(32, 8, 64, 2), Heads(16, 8, 256, 2)
 LOADS = (
@@ -46,6 +54,9 @@ LOADS = (
     Workload(64, 4096, QWEN_1B, 64, "bfloat16"),
     Workload(32, 4096, GEMMA, 64, "bfloat16"),
 )
+SLICES = (16, 32, 48, 64, 96)
+"""Multiprocessors of the parts of a GPU."""
+
 GOAL = 0.85
 """Share of the copy's bandwidth, of the first load on an H200."""
 
@@ -66,8 +77,13 @@ class Row:
     worst_error: float
 
 
-def kernels_for(load: Workload, capability: str) -> MosaicKernels:
-    """Those of the table; raises ValueError where the GPU can have none."""
+def kernels_for(load: Workload | PrefillLoad, capability: str | None) -> MosaicKernels:
+    """Those of the table, interpreted ones without a GPU.
+
+    Raises ValueError where the GPU can have none.
+    """
+    if capability is None:
+        return MosaicKernels(TOY_TUNING, interpreted=True)
     heads = load.heads
     shapes = ModelShapes(
         heads.num_heads, heads.num_kv_heads, heads.head_dim, load.page_size, load.dtype
@@ -108,11 +124,7 @@ def decode() -> list[dict[str, object]]:
         print(f"{'B':>4} {'context':>8} {'H/K':>6} {'D':>4} {'S':>4} {'us':>10} {'share':>6} error")
         rows = []
         for load in TOYS if toy else LOADS:
-            kernels = (
-                MosaicKernels(TOY_TUNING, interpreted=True)
-                if capability is None
-                else kernels_for(load, capability)
-            )
+            kernels = kernels_for(load, capability)
             seconds = decode_seconds(kernels, load, calls=1 if toy else CALLS)
             share = load.num_bytes / seconds / copied
             row = Row(load, seconds * 1e6, share, worst_error(kernels, load))
@@ -123,6 +135,41 @@ def decode() -> list[dict[str, object]]:
                 f" {row.microseconds:10.1f} {share:6.1%} {row.worst_error:.1e}",
                 flush=True,
             )
+    return rows
+
+
+def prefill() -> list[dict[str, object]]:
+    """Measures every load and prints a line for each."""
+    rows = []
+    with device() as capability:
+        print(HEADER)
+        for load in PREFILL_TOYS if capability is None else PREFILL_LOADS:
+            kernels = kernels_for(load, capability)
+            row = measured(load, kernels, on_gpu=capability is not None)
+            print(row, flush=True)
+            rows.append(asdict(row))
+    return rows
+
+
+def slices() -> list[dict[str, object]]:
+    """Times decode and prefill on parts of the GPU and prints a line for each."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        print("no GPU to time parts of")
+        return []
+    from kernel_slices import Slices, marked
+
+    rows = []
+    with Slices(SLICES) as parts:
+        for load, name in ((LOADS[0], "decode"), (PREFILL_LOADS[0], "prefill")):
+            attention = getattr(kernels_for(load, capability), f"{name}_attention")
+            operands = load.operands()
+            run, temp_bytes = marked(repeated(attention), operands)
+            seconds = parts.seconds(run, operands, temp_bytes)
+            for sms, each in zip(parts.sms, seconds, strict=True):
+                rows.append({"kernel": name, "sms": sms, "microseconds": each / CALLS * 1e6})
+                rows[-1]["of_the_whole"] = seconds[0] / each
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -138,17 +185,17 @@ def write() -> list[dict[str, object]]:
     return rows
 
 
+VERBS = {"decode": decode, "prefill": prefill, "slices": slices, "write": write}
+
+
 def main() -> int:
     """Runs one verb."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("verb", choices=("decode", "write", "resources"))
+    parser.add_argument("verb", choices=(*VERBS, "resources"))
     parser.add_argument("--gpu", default="h200-sxm", help="whose compiler's report resources has")
     parser.add_argument("--out", type=Path, help="a file for the JSON document")
     options = parser.parse_args()
-    if options.verb == "resources":
-        rows = every_form(options.gpu)
-    else:
-        rows = {"decode": decode, "write": write}[options.verb]()
+    rows = every_form(options.gpu) if options.verb == "resources" else VERBS[options.verb]()
     document = json.dumps(
         {
             "command": " ".join(sys.argv),
@@ -157,6 +204,7 @@ def main() -> int:
             "device": jax.devices()[0].device_kind,
             "machine": platform.platform(),
             "goal_share": GOAL,
+            "goal_prefill_flops": PREFILL_GOAL,
             "rows": rows,
         }
     )

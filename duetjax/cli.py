@@ -229,7 +229,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="what runs launches: lanes (beside each other), jax (plain calls) or auto",
     )
     group.add_argument(
-        "--kernels", default=default.kernels, help="attention on a GPU: mosaic, xla or auto"
+        "--kernels", default=default.kernels, help="attention on a GPU: auto, mosaic, triton or xla"
     )
 
 

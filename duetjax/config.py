@@ -324,9 +324,9 @@ class EngineConfig:
     between tokens of requests that bring none. hardware_profile: a shipped name or a file, by which
     launches are foretold; aggregated-slo and duet need one. model_profile: a file; None is the
     shipped one of the model's name, and without one programs are timed at start. backend: what
-    runs launches, see `Backend`. kernels: what attends to KV pages on a GPU, "mosaic", "xla", or
-    the faster that can run. watchdog_s: seconds without a step after which the engine counts as
-    hanging and ends; 0: never.
+    runs launches, see `Backend`. kernels: what attends to KV pages on a GPU, "mosaic", "triton",
+    "xla", or "auto", the fastest that can run. watchdog_s: seconds without a step after which the
+    engine counts as hanging and ends; 0: never.
     """
 
     max_model_len: int | None = None

@@ -157,8 +157,8 @@ class Host:
         self._backend = engine.backend
         self.rung = Rung.JAX
         self.splits: tuple[Split, ...] | None = None
-        if _asked(engine) is Asked.MOSAIC:
-            raise ConfigError("--kernels mosaic: not on a processor; leave it out")
+        if (asked := _asked(engine)) in (Asked.MOSAIC, Asked.TRITON):
+            raise ConfigError(f"--kernels {asked}: not on a processor; leave it out")
 
     @property
     def memory(self) -> int:
@@ -240,9 +240,11 @@ class Gpu:
         except ValueError as error:
             raise ConfigError(f"--kernels {self._asked}: {error}") from None
         _log.info("kernels: %s (%s)", choice.name, choice.why)
+        if choice.kernels is not None:
+            return Parts(choice.kernels)
         if self._backend == Backend.JAX:
-            return Parts(choice.mosaic or xla)
-        return Parts(choice.mosaic or xla_fixed, usual_tokens=_USUAL_TOKENS)  # prefill is fixed
+            return Parts(xla)
+        return Parts(xla_fixed, usual_tokens=_USUAL_TOKENS)
 
     def foreseen(self, programs: Programs) -> int:
         """See `Device`; by compiling the programs for few pages, which change nothing."""

@@ -1,11 +1,24 @@
 """Which kernels a GPU gets, and why: for `doctor` to print, and for a user to override."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
+from pallas_kernels import triton_gpu
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.shapes import FP8, PLAIN_SCORES, Scores, why_not
+from pallas_kernels.triton_gpu import TritonKernels
 from pallas_kernels.tuning import Case, tuning_for
+
+HOPPER = "9.0"
+AMPERE_AND_ADA = ("8.0", "8.6", "8.9")
+
+RESULTS_OF_TRITON: Mapping[str, str] = MappingProxyType({})
+"""By compute capability: a file of results that shows Triton's kernels run and right there.
+
+Paths are from the repository's root. Without a file `doctor` says that nobody has run them.
+"""
 
 
 class Asked(StrEnum):
@@ -14,6 +27,7 @@ class Asked(StrEnum):
     AUTO = "auto"
     XLA = "xla"
     MOSAIC = "mosaic"
+    TRITON = "triton"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +43,19 @@ class ModelShapes:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernels, and one line that says why. mosaic None: those of `pallas_kernels.xla`."""
+    """The kernels, and one line that says why. name: what to ask for to get these.
 
-    mosaic: MosaicKernels | None
+    kernels None: those of `pallas_kernels.xla`, in the form that suits the caller.
+    """
+
+    name: Asked
+    kernels: MosaicKernels | TritonKernels | None
     why: str
 
     @property
-    def name(self) -> Asked:
-        """What to ask for to get these."""
-        return Asked.XLA if self.mosaic is None else Asked.MOSAIC
+    def mosaic(self) -> MosaicKernels | None:
+        """The kernels if they are Mosaic's: for those who can use no others."""
+        return self.kernels if isinstance(self.kernels, MosaicKernels) else None
 
 
 def choose(
@@ -48,28 +66,30 @@ def choose(
 ) -> Choice:
     """The kernels for a device. compute_capability: as "9.0" or "9.0a"; None: not an NVIDIA GPU.
 
-    Raises ValueError if Mosaic's are asked for and cannot run, or XLA's for scores that these
-    do not know.
+    Raises ValueError if kernels are asked for that cannot run, or XLA's for scores that these do
+    not know.
     """
     if asked is Asked.XLA:
         return _xla("asked for", scores)
-    reason, kernels = _mosaic(compute_capability, shapes, scores)
+    capability = (compute_capability or "").removesuffix("a")
+    wanted = asked
+    if asked is Asked.AUTO:
+        wanted = Asked.TRITON if capability in AMPERE_AND_ADA else Asked.MOSAIC
+    find = _triton if wanted is Asked.TRITON else _mosaic
+    reason, kernels = find(capability, shapes, scores)
     if kernels is not None:
-        return Choice(kernels, reason if asked is Asked.AUTO else f"asked for; {reason}")
-    if asked is Asked.MOSAIC:
-        raise ValueError(f"the kernels of Mosaic GPU cannot run: {reason}")
+        return Choice(wanted, kernels, reason if asked is Asked.AUTO else f"asked for; {reason}")
+    if asked is not Asked.AUTO:
+        raise ValueError(f"these kernels cannot run: {reason}")
     return _xla(reason, scores)
 
 
 def _mosaic(
-    compute_capability: str | None, shapes: ModelShapes, scores: Scores
+    capability: str, shapes: ModelShapes, scores: Scores
 ) -> tuple[str, MosaicKernels | None]:
     """Mosaic's kernels and what speaks for them, or what speaks against them and None."""
-    if compute_capability is None:
-        return "not an NVIDIA GPU", None
-    capability = compute_capability.removesuffix("a")
-    if capability != "9.0":
-        return f"compute capability {capability}, and Mosaic's are for 9.0 (Hopper)", None
+    if capability != HOPPER:
+        return _other_device(capability, f"Mosaic's are for {HOPPER} (Hopper)"), None
     s = shapes
     if s.dtype == FP8:
         return "fp8 pages, whose scales the KV cache does not keep yet", None
@@ -84,7 +104,32 @@ def _mosaic(
     return why, MosaicKernels(entry.tuning, scores)
 
 
+def _triton(
+    capability: str, shapes: ModelShapes, scores: Scores
+) -> tuple[str, TritonKernels | None]:
+    """Triton's in the same way. Hopper's GPUs run them too, for whoever asks for that."""
+    if capability not in (*AMPERE_AND_ADA, HOPPER):
+        return _other_device(capability, f"Triton's are for {', '.join(AMPERE_AND_ADA)}"), None
+    s = shapes
+    reason = triton_gpu.why_not(s.num_heads, s.num_kv_heads, s.page_size, s.head_dim, s.dtype)
+    if reason is not None:
+        return reason, None
+    if scores != PLAIN_SCORES:
+        return f"Triton's have no {scores}", None
+    if (package := triton_gpu.missing_package()) is not None:
+        missing = f"{package} is not installed: pip install 'duetjax[triton]'"
+        return f"compute capability {capability}, but {missing}", None
+    file = RESULTS_OF_TRITON.get(capability)
+    seen = "compiled, never run" if file is None else f"seen to be right in {file}"
+    why = f"compute capability {capability}; {seen}"
+    return why, TritonKernels(int(capability.replace(".", "")))
+
+
+def _other_device(capability: str, ours: str) -> str:
+    return f"compute capability {capability}, and {ours}" if capability else "not an NVIDIA GPU"
+
+
 def _xla(why: str, scores: Scores) -> Choice:
     if scores != PLAIN_SCORES:
-        raise ValueError(f"XLA's kernels have no {scores}, and Mosaic's do not run: {why}")
-    return Choice(None, why)
+        raise ValueError(f"XLA's kernels have no {scores}, and others do not run: {why}")
+    return Choice(Asked.XLA, None, why)

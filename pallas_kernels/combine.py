@@ -9,11 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.shapes import Ref, Sizes
+from pallas_kernels.softmax import LN_2
 
 AT_ONCE = 4
 """Partial results loaded together: their latencies overlap."""
 
-_LN_2 = 0.6931471805599453
 _TILE = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -66,7 +66,7 @@ def combine(
         has_keys = total > 0
         share = jnp.where(has_keys, 1 / jnp.where(has_keys, total, 1), 0)
         out_s[...] = (mean * lax.broadcast_in_dim(share, shape, [0])).astype(dtype)
-        lse_s[...] = jnp.where(has_keys, (peak + jnp.log2(total)) * _LN_2, -jnp.inf)
+        lse_s[...] = jnp.where(has_keys, (peak + jnp.log2(total)) * LN_2, -jnp.inf)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_s, out.at[row * K + head, pl.ds(0, sizes.head_rows)])
         plgpu.copy_smem_to_gmem(lse_s, out_lse.at[row * K + head])

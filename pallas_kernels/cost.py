@@ -24,14 +24,27 @@ class Heads(NamedTuple):
 
 
 def decode_cost(lengths: Sequence[int], heads: Heads, window: int | None = None) -> Cost:
-    """Rows with so many keys: (4 D + 2) H FLOPs a key, keys and values once, queries and outputs.
+    """Rows with so many keys: a query each, which sees them all; rows of length 0 cost nothing."""
+    return prefill_cost([(length - 1, 1) for length in lengths if length > 0], heads, window)
 
-    Rows of length 0 cost nothing.
+
+def prefill_cost(rows: Sequence[tuple[int, int]], heads: Heads, window: int | None = None) -> Cost:
+    """Rows with so many keys before them, and so many queries; rows of no query cost nothing.
+
+    (4 D + 2) H FLOPs for every pair of a query and a key that it sees; keys and values that are
+    seen once, queries and outputs.
     """
     H, K, D, s = heads
-    seen = [length if window is None else min(length, window) for length in lengths]
-    keys, rows = sum(seen), sum(length > 0 for length in seen)
-    return Cost(float((4 * D + 2) * H * keys), float(2 * D * s * (H * rows + K * keys)))
+    pairs, keys, queries = 0, 0, 0
+    for cached, new in rows:
+        if new == 0:
+            continue
+        most = cached + new if window is None else window
+        growing = min(max(most - cached, 0), new)  # queries that see every key before them
+        pairs += growing * cached + growing * (growing + 1) // 2 + (new - growing) * most
+        keys += min(cached + new, most + new - 1)
+        queries += new
+    return Cost(float((4 * D + 2) * H * pairs), float(2 * D * s * (H * queries + K * keys)))
 
 
 def write_cost(tokens: int, heads: Heads) -> Cost:

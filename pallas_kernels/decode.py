@@ -16,15 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.shapes import FP8, LSE_LANES, WGMMA_ROWS, Ref, Sizes
+from pallas_kernels.softmax import FP8_WEIGHTS, Softmax, scaled
 from pallas_kernels.wgmma import matrix, plus_product, product
 from pallas_kernels.work_list import WorkList
 
-_LOG2_E = 1.4426950408889634
 _UPCAST = 128
 """Columns that become float16 at once; more of them are more registers than there are."""
-
-_FP8_WEIGHTS = 256.0
-"""Weights with a scale of V in them are small: so many times as large they are float16's size."""
 
 
 def decode_chunks(
@@ -100,14 +97,6 @@ class _Unit(NamedTuple):
     behind: jax.Array
 
 
-class _Softmax(NamedTuple):
-    """Where 64 rows are: peak score [64] in base 2, sum of weights [64], weighted V [64, D]."""
-
-    peak: jax.Array
-    total: jax.Array
-    values: jax.Array
-
-
 class _Block:
     """What one block of the grid does, with its operands, results and scratch: all of them refs."""
 
@@ -153,14 +142,15 @@ class _Block:
             self.load(unit, j, jnp.int32(ahead), self.page_ids(unit, j))
         plgpu.barrier_wait(self.q_here)
 
-        def step(j: jax.Array, state: _Softmax) -> _Softmax:
+        def step(j: jax.Array, state: Softmax) -> Softmax:
             slot = lax.rem(j - unit.first, jnp.int32(stages))
             page_ids = self.page_ids(unit, j + stages)  # here already when they are needed
             state = self.step(unit, j, slot, state)
             self.load(unit, j + stages, slot, page_ids)
             return state
 
-        self.store(unit, lax.fori_loop(unit.first, unit.behind, step, self.start()))
+        start = Softmax.start(sizes.head_dim, jnp.inf)
+        self.store(unit, lax.fori_loop(unit.first, unit.behind, step, start))
 
     def page_ids(self, unit: _Unit, j: jax.Array) -> list[jax.Array]:
         """The pages of step j; the row's last one stands in for those behind it.
@@ -190,25 +180,15 @@ class _Block:
                     part = self.kv_s.at[slot, k_or_v, pl.ds(index * S, S)]
                     plgpu.copy_gmem_to_smem(self.pages.at[pair + k_or_v], part, here)
 
-    def start(self) -> _Softmax:
-        """No key seen yet."""
-        column = jnp.zeros((WGMMA_ROWS,), jnp.float32)
-        values = jnp.zeros((WGMMA_ROWS, self.sizes.head_dim), jnp.float32)
-        whole, one_per_row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-        return _Softmax(
-            plgpu.layout_cast(column - jnp.inf, one_per_row),
-            plgpu.layout_cast(column, one_per_row),
-            plgpu.layout_cast(values, whole),
-        )
-
-    def step(self, unit: _Unit, j: jax.Array, slot: jax.Array, state: _Softmax) -> _Softmax:
+    def step(self, unit: _Unit, j: jax.Array, slot: jax.Array, state: Softmax) -> Softmax:
         """Waits for step j and takes it in; one key of it is seen at least, so no inf - inf."""
         sizes = self.sizes
         k_scale, v_scale = self.page_scales(unit, j)
         plgpu.barrier_wait(self.here.at[slot])
         kv, at = self.operands(slot)
         products = product(self.q_s, kv.at[*at, 0].transpose((1, 0)), sizes.tuning.step)
-        scores = self.seen(unit, j, self.scaled(products, k_scale * sizes.scale))
+        scores = scaled(products, k_scale * sizes.scale, sizes.soft_cap)
+        scores = self.seen(unit, j, scores)
         peak = jnp.maximum(state.peak, scores.max(axis=1))
         kept = jnp.exp2(state.peak - peak)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(peak, scores.shape, [0]))
@@ -218,7 +198,7 @@ class _Block:
         if sizes.interpreted:
             _ = self.kv_s[slot]
             plgpu.commit_smem()
-        return _Softmax(peak, total, values)
+        return Softmax(peak, total, values)
 
     def page_scales(self, unit: _Unit, j: jax.Array) -> tuple[jax.Array | float, jax.Array | float]:
         """What products with K and with V of step j are to be multiplied by."""
@@ -226,7 +206,7 @@ class _Block:
             return 1.0, 1.0
         [page] = self.page_ids(unit, j)
         pair = (page * self.sizes.num_kv_heads + unit.head) * 2
-        return self.scales[pair], self.scales[pair + 1] * _FP8_WEIGHTS
+        return self.scales[pair], self.scales[pair + 1] * FP8_WEIGHTS
 
     def operands(self, slot: jax.Array) -> tuple[Ref, tuple[jax.Array, ...]]:
         """Where K and V of a slot lie as products take them: K at 0 of that index, V at 1."""
@@ -240,14 +220,6 @@ class _Block:
                 self.half_s[which, :, part] = stored.astype(self.half_s.dtype)
         plgpu.commit_smem()
         return self.half_s, ()
-
-    def scaled(self, products: jax.Array, scale: jax.Array | float) -> jax.Array:
-        """Scores in base 2. tanh is made of exp2: the GPU's own has 11 bits."""
-        cap = self.sizes.soft_cap
-        if cap is None:
-            return products * (scale * _LOG2_E)
-        top = cap * _LOG2_E
-        return top - 2 * top / (jnp.exp2(products * (scale * (2 * _LOG2_E / cap))) + 1)
 
     def seen(self, unit: _Unit, j: jax.Array, scores: jax.Array) -> jax.Array:
         """The scores of keys that the query sees, and minus infinity for others."""
@@ -269,9 +241,9 @@ class _Block:
         plgpu.commit_smem()
         return values + product(self.weights_s, kv.at[*at, 1], values.shape[1])
 
-    def store(self, unit: _Unit, state: _Softmax) -> None:
+    def store(self, unit: _Unit, state: Softmax) -> None:
         """Writes the unit's result. The slots are free again when this returns."""
-        total = state.total * (1.0 if self.scales is None else _FP8_WEIGHTS)
+        total = state.total * (1.0 if self.scales is None else FP8_WEIGHTS)
         total = lax.broadcast_in_dim(total, state.values.shape, [0])
         self.mean_s[...] = state.values / total
         self.log_sum_s[...] = state.peak + jnp.log2(state.total)

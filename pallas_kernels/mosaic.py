@@ -1,8 +1,8 @@
 """Paged attention and KV writes in Pallas on Mosaic GPU, for NVIDIA Hopper.
 
-The interface and its meaning are those of `pallas_kernels.xla`; prefill still is XLA's. Every
-kernel is lowered once per program, whatever the number of layers: jit gives all calls of one shape
-the same text, and XLA assembles equal kernels once.
+The interface and its meaning are those of `pallas_kernels.xla`. Every kernel is lowered once per
+program, whatever the number of layers: jit gives all calls of one shape the same text, and XLA
+assembles equal kernels once.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from pallas_kernels import xla_fixed
 from pallas_kernels.combine import combine
 from pallas_kernels.decode import decode_chunks
+from pallas_kernels.prefill import prefill_tiles
 from pallas_kernels.shapes import FP8, PLAIN_SCORES, Scores, Sizes, Tuning
+from pallas_kernels.tiles import Tiling, tile_list
 from pallas_kernels.work_list import work_list
 from pallas_kernels.write import write_tokens
 
@@ -58,11 +60,7 @@ class MosaicKernels:
 
         scales [P, K, 2] float32: of pages in fp8, whose values are multiples of them.
         """
-        if (scales is None) == (pages.dtype.name == FP8):
-            raise ValueError(f"pages of {pages.dtype} with scales {scales}; fp8 alone has scales")
-        sizes = Sizes.of(
-            q, pages, page_table, self.tuning, self.scores, interpreted=self.interpreted
-        )
+        sizes = self._sizes(q, pages, page_table, scales)
         out, lse = _decode(q, pages, page_table, lengths, scales, sizes)
         return out, lse
 
@@ -75,8 +73,34 @@ class MosaicKernels:
         cached_lengths: jax.Array,
         /,
     ) -> jax.Array:
-        """See `pallas_kernels.xla.prefill_attention`."""
-        return xla_fixed.prefill_attention(q, pages, page_table, row_offsets, cached_lengths)
+        """See `pallas_kernels.xla.prefill_attention`; queries behind the last row get 0."""
+        return self.prefill_with_lse(q, pages, page_table, (row_offsets, cached_lengths))[0]
+
+    def prefill_with_lse(
+        self,
+        q: jax.Array,
+        pages: jax.Array,
+        page_table: jax.Array,
+        rows: tuple[jax.Array, jax.Array],
+        scales: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`prefill_attention`, and the scores' log-sum-exp [T, H] float32: -inf without keys.
+
+        rows: row_offsets and cached_lengths. scales: as in `decode_with_lse`. Rows of one query are
+        decode's, and get its bits.
+        """
+        sizes = self._sizes(q, pages, page_table, scales)
+        out, lse = _prefill(q, pages, page_table, *rows, scales, sizes)
+        return out, lse
+
+    def _sizes(
+        self, q: jax.Array, pages: jax.Array, page_table: jax.Array, scales: jax.Array | None
+    ) -> Sizes:
+        if (scales is None) == (pages.dtype.name == FP8):
+            raise ValueError(f"pages of {pages.dtype} with scales {scales}; fp8 alone has scales")
+        return Sizes.of(
+            q, pages, page_table, self.tuning, self.scores, interpreted=self.interpreted
+        )
 
 
 @jax.jit
@@ -99,4 +123,35 @@ def _decode(
     work = work_list(lengths, sizes.chunks)
     means, log_sums = decode_chunks(q, pages, page_table, lengths, work, sizes, scales)
     out, lse = combine(means, log_sums, lengths, sizes, q.dtype)
+    return out, lse
+
+
+@partial(jax.jit, static_argnums=6)
+def _prefill(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    row_offsets: jax.Array,
+    cached_lengths: jax.Array,
+    scales: jax.Array | None,
+    sizes: Sizes,
+) -> tuple[jax.Array, jax.Array]:
+    T, limit = q.shape[0], page_table.shape[1] * sizes.page_size
+    row_offsets = jnp.clip(row_offsets, 0, T)
+    first, counts = row_offsets[:-1], row_offsets[1:] - row_offsets[:-1]
+    cached_lengths = jnp.clip(cached_lengths, 0, limit - counts)
+    tiling = Tiling.of(sizes.group)
+    work = tile_list(row_offsets, cached_lengths, T, tiling, sizes.chunks.window)
+    out, lse = prefill_tiles(q, pages, page_table, work, sizes, scales)
+    is_one = counts == 1
+    lengths = jnp.where(is_one, cached_lengths + 1, 0)
+    queries = q[jnp.minimum(first, T - 1)]
+    if sizes.interpreted:  # which goes wrong if two kernels run at once
+        queries = queries + 0 * out[0]
+    ones = _decode(queries, pages, page_table, lengths, scales, sizes)
+    place = jnp.where(is_one, first, T)  # that of other rows is dropped
+    out, lse = (
+        of_all.at[place].set(of_ones, mode="drop", unique_indices=True)
+        for of_all, of_ones in zip((out, lse), ones, strict=True)
+    )
     return out, lse

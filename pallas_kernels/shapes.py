@@ -1,4 +1,4 @@
-"""What fixes a decode kernel: the shapes of a call, how it is tuned, and which form of it runs."""
+"""What fixes a kernel: the shapes of a call, how it is tuned, and which form of it runs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,22 +29,26 @@ LEAST_FP8_PAGE = 64
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What is worth measuring. Only `chunk` changes results, in their last bits.
+    """What is worth measuring. Chunks and steps change results, in their last bits.
 
-    chunk: tokens of KV per item of work, at least. step: tokens per step of the softmax, 64 or 128.
-    stages: steps in flight per block. blocks: of the constant grid.
+    Of decode: chunk: tokens of KV per item of work, at least; step: tokens per step of the softmax,
+    64 or 128; stages: steps in flight per block; blocks: of the constant grid. Of prefill: its step
+    and stages.
     """
 
     chunk: int
     step: int
     stages: int
     blocks: int
+    prefill_step: int = 64
+    prefill_stages: int = 2
 
     def __post_init__(self) -> None:
         is_power = self.chunk.bit_count() == 1
-        if self.step not in STEPS or not is_power or self.chunk < max(STEPS):
+        steps = {self.step, self.prefill_step}
+        if not steps <= set(STEPS) or not is_power or self.chunk < max(STEPS):
             raise ValueError(f"a chunk is a power of two from {max(STEPS)}, a step {STEPS}: {self}")
-        if min(self.stages, self.blocks) < 1:
+        if min(self.stages, self.prefill_stages, self.blocks) < 1:
             raise ValueError(f"stages and blocks are 1 or more: {self}")
 
 
@@ -61,9 +65,9 @@ class Scores:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        too_small = self.soft_cap is not None and self.soft_cap <= 0
-        if too_small or (self.window is not None and self.window < 1):
-            raise ValueError(f"caps and windows are positive: {self}")
+        given = [value for value in (self.scale, self.soft_cap, self.window) if value is not None]
+        if min(given, default=1) <= 0:
+            raise ValueError(f"scales, caps and windows are positive: {self}")
 
 
 PLAIN_SCORES = Scores()
@@ -72,7 +76,7 @@ PLAIN_SCORES = Scores()
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """One decode kernel: K, G = H / K, S, D, its chunks, and what `Tuning` and `Scores` say.
+    """One model's kernels: K, G = H / K, S, D, decode's chunks, what `Tuning` and `Scores` say.
 
     dtype: of the pages. Those in fp8 become float16 in shared memory, as Hopper converts to no
     other, and their scales, one per page, KV head and K or V, go into scores and weights.
@@ -103,17 +107,17 @@ class Sizes:
         *,
         interpreted: bool,
     ) -> "Sizes":
-        """The kernel for operands of these shapes; see `pallas_kernels.xla.decode_attention`.
+        """The kernels for operands of these shapes; see `pallas_kernels.xla.decode_attention`.
 
         Raises ValueError for shapes that it does not take.
         """
         H, D = q.shape[1:]
         K, _, S, _ = pages.shape[1:]
         if (reason := why_not(H, K, S, D, pages.dtype)) is not None:
-            raise ValueError(f"no decode kernel for {reason}")
+            raise ValueError(f"no kernel for {reason}")
         if q.dtype != pages.dtype and pages.dtype.name != FP8:
             raise ValueError(f"queries of {q.dtype} do not fit pages of {pages.dtype}")
-        if pages.dtype.name == FP8 and tuning.step > S:
+        if pages.dtype.name == FP8 and max(tuning.step, tuning.prefill_step) > S:
             raise ValueError(f"a step of fp8 pages has one scale: {tuning} for pages of {S}")
         chunks = Chunks.of(page_table.shape[1] * S, tuning.chunk, scores.window)
         scale = D**-0.5 if scores.scale is None else scores.scale
@@ -138,18 +142,26 @@ class Sizes:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block of the compiled form, barriers apart."""
+        """Shared memory of a decode block of the compiled form, barriers apart."""
         D, step, stages = self.head_dim, self.tuning.step, self.tuning.stages
         pair, result = 2 * step * D, WGMMA_ROWS * (D + 1) * 4
         if self.dtype == FP8:
             return WGMMA_ROWS * D * 2 + max(stages * pair, result) + pair * 2
         return WGMMA_ROWS * D * 2 + max(stages * pair * 2, result)
 
+    @property
+    def prefill_shared_bytes(self) -> int:
+        """Shared memory of a prefill block of the compiled form, barriers apart."""
+        D, pair = self.head_dim, 2 * self.tuning.prefill_step * self.head_dim
+        stored = pair if self.dtype == FP8 else 0
+        slots = self.tuning.prefill_stages * pair * 2
+        return 2 * WGMMA_ROWS * (D * 2 + 4) + slots + stored
+
 
 def why_not(
     num_heads: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: jnp.dtype | str
 ) -> str | None:
-    """What the decode kernel lacks for a model of these shapes; None if it can run it."""
+    """What the kernels lack for a model of these shapes; None if they can run it."""
     group, name = num_heads // num_kv_heads, jnp.dtype(dtype).name
     if num_heads % num_kv_heads or group > MOST_GROUP:
         return f"{num_heads} heads on {num_kv_heads} KV heads; it takes up to {MOST_GROUP} on one"

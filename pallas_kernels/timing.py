@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cost import Heads, decode_cost
+from pallas_kernels.cost import Heads, decode_cost, prefill_cost
 from pallas_kernels.mosaic import MosaicKernels
 
 CALLS = 16
@@ -49,6 +49,43 @@ class Workload:
         return q, pages, table.astype(jnp.int32), lengths
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillLoad:
+    """Prefill attention of R rows of so many queries, after so many keys each. dtype: of all."""
+
+    rows: int
+    new: int
+    cached: int
+    heads: Heads
+    page_size: int
+    dtype: str
+
+    @property
+    def flops(self) -> float:
+        """Of both products alone, as attention's speed is usually given; see `prefill_cost`."""
+        D = self.heads.head_dim
+        whole = prefill_cost([(self.cached, self.new)] * self.rows, self.heads).flops
+        return whole * 4 * D / (4 * D + 2)
+
+    def operands(self, seed: int = 0) -> tuple[jax.Array, ...]:
+        """Random q, pages, page table, row offsets and cached lengths; rows' pages are shuffled."""
+        shape = (self.rows * self.new, self.heads.num_heads, self.heads.head_dim)
+        q = jax.random.normal(jax.random.key(seed + 1), shape, self.dtype)
+        context = self.cached + self.new
+        of_rows = Workload(self.rows, context, self.heads, self.page_size, self.dtype)
+        _, pages, table, _ = of_rows.operands(seed)
+        offsets = jnp.arange(self.rows + 1, dtype=jnp.int32) * self.new
+        return q, pages, table, offsets, jnp.full(self.rows, self.cached, jnp.int32)
+
+    def dense(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [R, q, H, D], keys and values [R, n, K, D] as they lie in the pages."""
+        H, K, D, _ = self.heads
+        q, pages, table, _, _ = self.operands(seed)
+        kv = pages[table].transpose(3, 0, 1, 4, 2, 5).reshape(2, self.rows, -1, K, D)
+        k, v = kv[:, :, : self.cached + self.new]
+        return q.reshape(self.rows, self.new, H, D), k, v
+
+
 def decode_seconds(kernels: MosaicKernels, load: Workload, calls: int = CALLS) -> float:
     """Seconds of one call of `decode_attention`, the shortest of a few runs."""
     q, pages, table, lengths = load.operands()
@@ -62,6 +99,34 @@ def decode_seconds(kernels: MosaicKernels, load: Workload, calls: int = CALLS) -
         return q
 
     return shortest(lambda: run(q, pools)) / calls
+
+
+type Attention = Callable[..., jax.Array]
+"""Of queries, and whatever else; what it gives has their shape."""
+
+
+def prefill_seconds(attention: Attention, load: PrefillLoad, calls: int = CALLS) -> float:
+    """Seconds of one call of `prefill_attention`, the shortest of a few runs."""
+    return seconds_per_call(attention, load.operands(), calls)
+
+
+def seconds_per_call(
+    attention: Attention, operands: tuple[jax.Array, ...], calls: int = CALLS
+) -> float:
+    """Seconds of one call, the shortest of a few runs."""
+    run = jax.jit(repeated(attention, calls))
+    return shortest(lambda: run(*operands)) / calls
+
+
+def repeated(attention: Attention, calls: int = CALLS) -> Attention:
+    """So many calls of it, each with the queries that the one before has given."""
+
+    def run(q: jax.Array, *others: jax.Array) -> jax.Array:
+        for _ in range(calls):
+            q = attention(q, *others)
+        return q
+
+    return run
 
 
 def copy_bytes_per_s(num_bytes: int = COPIED_BYTES) -> float:

@@ -1,12 +1,13 @@
 """`python -m pallas_kernels.tune`: measures tunings on this machine's GPU and writes the table.
 
-For each shape the fastest of a few dozen candidates, found one field after another, at 64 rows of
-4096 keys. `chunk` changes results in their last bits, and so is left alone unless asked for.
+For each shape the fastest of a few dozen candidates, found one field after another: of decode at 64
+rows of 4096 keys, of prefill at a prompt of 8192. Chunks and steps change results in their last
+bits; chunks are left alone unless asked for.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.shapes import HEAD_DIMS, PAGE_SIZES, PLAIN_SCORES, WIDE_DTYPES, Sizes, Tuning
-from pallas_kernels.timing import Workload, decode_seconds
+from pallas_kernels.timing import PrefillLoad, Workload, decode_seconds, prefill_seconds
 from pallas_kernels.tuning import TABLE, Case, Entry, read_table, table_text, tuning_for
 
 SHARED_MEMORY = 232448
@@ -24,9 +25,14 @@ SHARED_MEMORY = 232448
 
 _BARRIERS = 256
 
+type Choices = list[tuple[str, tuple[int, ...]]]
+"""Fields of a tuning and their values, in the order in which they are settled."""
+
+_OF_PREFILL: Choices = [("prefill_step", (64, 128)), ("prefill_stages", (2, 3, 4))]
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints a line per candidate and writes the table; 2 if there is no Hopper GPU."""
+    """Measures, prints what it finds and writes the table; 2 if there is no Hopper GPU."""
     options = _parse(arguments)
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
@@ -35,48 +41,68 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     table = dict(read_table(TABLE))
     for case in _cases(options):
-        tuning, seconds = fastest(case, device.core_count, with_chunk=options.chunk)
-        source = f"measured on {device.device_kind}, jax {jax.__version__}: {seconds * 1e6:.1f} us"
+        tuning, found = fastest(case, device.core_count, with_chunk=options.chunk)
+        source = f"measured on {device.device_kind}, jax {jax.__version__}: {found}"
         table[case] = Entry(tuning, datetime.now(UTC).date().isoformat(), source)
         TABLE.write_text(table_text(table), encoding="utf-8")
     return 0
 
 
-def fastest(case: Case, cores: int, *, with_chunk: bool) -> tuple[Tuning, float]:
-    """The best tuning that was found for a case, and seconds of the workload with it."""
+def fastest(case: Case, cores: int, *, with_chunk: bool) -> tuple[Tuning, str]:
+    """The best tuning that was found for a case, and how long the workloads take with it."""
     heads = Heads(32, 8, case.head_dim, jnp.dtype(case.dtype).itemsize)
-    load = Workload(64, 4096, heads, case.page_size, case.dtype)
+    decode = Workload(64, 4096, heads, case.page_size, case.dtype)
+    prefill = PrefillLoad(1, 8192, 0, heads, case.page_size, case.dtype)
     entry = tuning_for(case)
     assert entry is not None, case
-    best = (entry.tuning, decode_seconds(MosaicKernels(entry.tuning), load))
-    for field, values in _choices(cores, with_chunk=with_chunk):
+    tuning, found = entry.tuning, []
+
+    def of_decode(tuning: Tuning) -> float:
+        return decode_seconds(MosaicKernels(tuning), decode)
+
+    def of_prefill(tuning: Tuning) -> float:
+        return prefill_seconds(MosaicKernels(tuning).prefill_attention, prefill)
+
+    for name, seconds_of, choices in (
+        ("decode", of_decode, _of_decode(cores, with_chunk=with_chunk)),
+        ("prefill", of_prefill, _OF_PREFILL),
+    ):
+        tuning, seconds = settled(tuning, seconds_of, choices, lambda it: fits(it, decode))
+        print(f"{case} {tuning} {name} {seconds * 1e6:.1f} us", flush=True)  # noqa: T201
+        found.append(f"{name} {seconds * 1e6:.1f} us")
+    return tuning, ", ".join(found)
+
+
+def settled(
+    tuning: Tuning,
+    seconds_of: Callable[[Tuning], float],
+    choices: Choices,
+    can_be: Callable[[Tuning], bool],
+) -> tuple[Tuning, float]:
+    """A tuning with one field after another as quick as it gets, and its seconds."""
+    best = (tuning, seconds_of(tuning))
+    for field, values in choices:
         for value in values:
-            tuning = replace(best[0], **{field: value})
-            if tuning == best[0] or not fits(tuning, load):
-                continue
-            seconds = decode_seconds(MosaicKernels(tuning), load)
-            print(f"{case} {tuning} {seconds * 1e6:.1f} us", flush=True)  # noqa: T201
-            best = min(best, (tuning, seconds), key=lambda pair: pair[1])
+            other = replace(best[0], **{field: value})
+            if other != best[0] and can_be(other):
+                best = min(best, (other, seconds_of(other)), key=lambda pair: pair[1])
     return best
 
 
 def fits(tuning: Tuning, load: Workload) -> bool:
-    """Whether a block's shared memory is enough."""
+    """Whether blocks' shared memory is enough."""
     heads = load.heads
     q = jax.ShapeDtypeStruct((1, heads.num_heads, heads.head_dim), load.dtype)
     shape = (1, heads.num_kv_heads, 2, load.page_size, heads.head_dim)
     pages, table = jax.ShapeDtypeStruct(shape, load.dtype), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     sizes = Sizes.of(q, pages, table, tuning, PLAIN_SCORES, interpreted=False)
-    return sizes.shared_bytes + _BARRIERS <= SHARED_MEMORY
+    return max(sizes.shared_bytes, sizes.prefill_shared_bytes) + _BARRIERS <= SHARED_MEMORY
 
 
-def _choices(cores: int, *, with_chunk: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Fields and their values, in the order in which they are settled."""
-    yield "step", (64, 128)
-    yield "stages", (2, 3, 4, 6)
-    yield "blocks", tuple(cores * times for times in (1, 2, 3, 4, 6, 8))
-    if with_chunk:
-        yield "chunk", (256, 512, 1024, 2048)
+def _of_decode(cores: int, *, with_chunk: bool) -> Choices:
+    blocks = tuple(cores * times for times in (1, 2, 3, 4, 6, 8))
+    choices: Choices = [("step", (64, 128)), ("stages", (2, 3, 4, 6)), ("blocks", blocks)]
+    return [*choices, ("chunk", (256, 512, 1024, 2048))] if with_chunk else choices
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:

@@ -1,5 +1,6 @@
 """Matrices in shared memory, and products of a warpgroup, as wgmma wants them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,20 +13,27 @@ from pallas_kernels.shapes import WGMMA_ROWS, Ref
 _SUMS: Any = plgpu.WGMMAAccumulatorRef
 
 
-def matrix(shape: tuple[int, ...], dtype: str) -> Any:  # noqa: ANN401
-    """Scratch of matrices, the last two dimensions of the shape, tiled and swizzled."""
+def matrix(shape: tuple[int, ...], dtype: str, widest: int = 128) -> Any:  # noqa: ANN401
+    """Scratch of matrices, the last two dimensions of the shape, tiled and swizzled.
+
+    widest: bytes of a tile's rows, at most.
+    """
+    row = shape[-1] * jnp.dtype(dtype).itemsize
+    swizzle = next(width for width in (128, 64, 32) if width <= widest and row % width == 0)
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = next(width for width in (128, 64, 32) if shape[-1] * itemsize % width == 0)
     tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
     swizzling = plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
     return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, swizzling))
 
 
-def product(a: Ref, b: Ref, columns: int) -> jax.Array:
-    """a [64, n] @ b [n, columns] in float32, both in shared memory."""
+def product(
+    a: Ref, b: Ref, columns: int, meanwhile: Callable[[], None] = lambda: None
+) -> jax.Array:
+    """a [64, n] @ b [n, columns] in float32, both in shared memory; `meanwhile` goes on beside."""
 
     def run(sums: Ref) -> jax.Array:
         plgpu.wgmma(sums, a, b)
+        meanwhile()
         done: jax.Array = sums[...]
         return done
 

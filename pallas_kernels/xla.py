@@ -42,9 +42,10 @@ def decode_attention(
     """Attention of one query per row over that row's pages.
 
     q [B, H, D]; pages [P, K, 2, S, D]; page_table [B, M] int32; lengths [B] int32: keys visible
-    to the row, its own included, at least 1. Returns [B, H, D] in q's dtype.
+    to the row, its own included. Returns [B, H, D] in q's dtype; where the length is 0, finite
+    values without meaning.
     """
-    return decode_walk(q, pages, page_table, lengths, jnp.max(lengths))
+    return decode_walk(q, pages, page_table, lengths, jnp.maximum(jnp.max(lengths), 1))
 
 
 def decode_walk(

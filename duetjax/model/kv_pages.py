@@ -107,7 +107,10 @@ class PagedKV:
         self._page, self._slot = place
 
     def decode(self, page_table: jax.Array, lengths: jax.Array) -> Attend:
-        """Attend for one token per row; page_table [B, M], lengths [B] with the new token."""
+        """Attend for one token per row; page_table [B, M], lengths [B].
+
+        A length is that with the new token; 0 where nobody reads what comes out.
+        """
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             pages = self._write(layer, k, v)

@@ -12,7 +12,7 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from duetjax.config import ConfigError, ModelConfig
-from duetjax.model.kv_pages import KVLayout
+from duetjax.model.kv_pages import Kernels, KVLayout
 from duetjax.policy.launch import Program
 from duetjax.policy.profiles import Cost, ModelProfile
 from duetjax.runtime import placeholders
@@ -55,15 +55,19 @@ class Counted(Protocol):
 
 
 def absent_programs(
-    config: ModelConfig, target: Target, buckets: Buckets = BUCKETS, num_pages: int = NUM_PAGES
+    config: ModelConfig,
+    target: Target,
+    buckets: Buckets = BUCKETS,
+    num_pages: int = NUM_PAGES,
+    kernels: Kernels = placeholders,
 ) -> Programs:
-    """Programs for an absent GPU, to be compiled and looked at: their kernels are placeholders.
+    """Programs for an absent GPU, to be compiled and looked at.
 
     As many slots as a prefill program has rows; weights and KV in the checkpoint's own dtype.
     """
     layout = KVLayout.of(config, num_pages, PAGE_SIZE, config.dtype)
     slots = SlotShapes(buckets.prefill_rows, TABLE_WIDTH, config.vocab_size)
-    return Programs(config, layout, slots, buckets, target, placeholders)
+    return Programs(config, layout, slots, buckets, target, kernels)
 
 
 def model_profile(

@@ -78,7 +78,7 @@ class ResultBlock(NamedTuple):
 class Buckets:
     """The shapes that programs are compiled for.
 
-    decode: row counts B, ascending, from 2 (B = 1 compiles to more kernels, not fewer).
+    decode: row counts B, ascending; on a GPU from 2 (1 compiles to more kernels, not fewer).
     prefill: packed token counts T, ascending. prefill_rows: most rows of a prefill program.
     """
 
@@ -196,7 +196,7 @@ class Programs:
         rows = self._rows(progress, tables, row_slot)
         page, offset = self.layout.place(rows.page_table, rows.position)
         cache = self._cache(kv, jnp.where(rows.active, page, DUMMY_PAGE), offset)
-        attend = cache.decode(rows.page_table, rows.position + 1)
+        attend = cache.decode(rows.page_table, jnp.where(rows.active, rows.position + 1, 0))
         hidden = decoder(rows.token, rows.position, attend)
         counts = self._count(counts, rows)
         state = DeviceState(cache.arrays, counts, progress)

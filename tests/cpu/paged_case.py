@@ -80,22 +80,63 @@ class Case:
 
     def dense(self, scores: Scores = PLAIN_SCORES):
         """Outputs [B, H, D] and log-sum-exps [B, H] in float64; 0 and -inf for rows of length 0."""
+        ones = np.arange(len(self.lengths) + 1)
+        return PrefillCase(
+            self.q, self.pages, self.table, ones, self.lengths - 1, self.scales
+        ).dense(scores)
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """Operands of one prefill call, as in `Case`; queries of nobody are NaN."""
+
+    q: jax.Array
+    pages: jax.Array
+    table: np.ndarray
+    offsets: np.ndarray
+    cached: np.ndarray
+    scales: jax.Array | None = None
+
+    @classmethod
+    def random(cls, rows, *, T=None, **sizes):
+        """Rows, given as (keys before, queries), among so many tokens; sizes as for `Case`."""
+        cached, new = np.array(rows, np.int32).T
+        case = Case.random([*(cached + new)], **sizes)
+        offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        q = np.full((T or offsets[-1], *case.q.shape[1:]), np.nan)
+        rng = np.random.default_rng(sizes.get("seed", 0) + 1)
+        q[: offsets[-1]] = rng.normal(size=(offsets[-1], *q.shape[1:]))
+        q = jnp.array(q, case.q.dtype)
+        return cls(q, case.pages, case.table, offsets, cached, case.scales)
+
+    def with_other(self, **changes):
+        return replace(self, **changes)
+
+    @property
+    def operands(self):
+        four = (self.q, self.pages, self.table, (self.offsets, self.cached))
+        return four if self.scales is None else (*four, self.scales)
+
+    def dense(self, scores: Scores = PLAIN_SCORES):
+        """Outputs [T, H, D] and log-sum-exps [T, H] in float64; 0 and -inf where no key is seen."""
         q, pages = (np.asarray(x).astype(np.float64) for x in (self.q, self.pages))
-        (B, H, D), K = q.shape, pages.shape[1]
+        (T, H, D), K = q.shape, pages.shape[1]
         if self.scales is not None:
             pages = pages * np.asarray(self.scales, np.float64)[..., None, None]
-        out, lse = np.zeros((B, H, D)), np.full((B, H), -np.inf)
+        out, lse = np.zeros((T, H, D)), np.full((T, H), -np.inf)
         scale = D**-0.5 if scores.scale is None else scores.scale
-        for row, length in enumerate(self.lengths):
-            first = max(0, length - (scores.window or length))
+        for row, cached in enumerate(self.cached):
             k, v = pages[self.table[row]].transpose(2, 1, 0, 3, 4).reshape(2, K, -1, D)
-            for head in range(H) if length else ():
-                group = head // (H // K)
-                x = scale * k[group, first:length] @ q[row, head]
-                if scores.soft_cap is not None:
-                    x = scores.soft_cap * np.tanh(x / scores.soft_cap)
-                lse[row, head] = np.logaddexp.reduce(x)
-                out[row, head] = np.exp(x - lse[row, head]) @ v[group, first:length]
+            for token in range(self.offsets[row], self.offsets[row + 1]):
+                length = cached + token - self.offsets[row] + 1
+                first = max(0, length - (scores.window or length))
+                for head in range(H) if length else ():
+                    group = head // (H // K)
+                    x = scale * k[group, first:length] @ q[token, head]
+                    if scores.soft_cap is not None:
+                        x = scores.soft_cap * np.tanh(x / scores.soft_cap)
+                    lse[token, head] = np.logaddexp.reduce(x)
+                    out[token, head] = np.exp(x - lse[token, head]) @ v[group, first:length]
         return out, lse
 
 

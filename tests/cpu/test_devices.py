@@ -99,10 +99,11 @@ def test_hopper_gets_kernels_of_our_own_unless_xla_s_are_asked_for(gpu, monkeypa
 
 
 def test_kernels_that_nobody_has_are_refused_by_name(gpu):
-    with pytest.raises(ConfigError, match="--kernels fast: choose auto, xla, mosaic"):
+    with pytest.raises(ConfigError, match="--kernels fast: choose auto, xla, mosaic, triton"):
         gpu(kernels="fast")
-    with pytest.raises(ConfigError, match="not on a processor"):
-        find_device(EngineConfig(kernels="mosaic"))
+    for ours in ("mosaic", "triton"):
+        with pytest.raises(ConfigError, match=f"--kernels {ours}: not on a processor"):
+            find_device(EngineConfig(kernels=ours))
 
 
 @pytest.fixture

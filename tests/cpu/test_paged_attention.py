@@ -153,6 +153,17 @@ def test_a_row_gets_the_same_bits_alone_and_beside_longer_rows(kernels):
     np.testing.assert_array_equal(together[0], alone[0])
 
 
+@pytest.mark.parametrize("lengths", [[0, 0], [0, 40]])
+def test_rows_of_nobody_are_finite_and_change_nobody(lengths, kernels):
+    rng = np.random.default_rng(3)
+    sequences, pool = make_sequences([64, 64], rng)
+    q = rng.normal(size=(2, K, D)).astype(np.float32)
+    out = kernels.decode_attention(q, kernels.pages(pool), tables(sequences), np.array(lengths))
+    assert np.isfinite(out).all()
+    if lengths[1]:
+        np.testing.assert_allclose(out[1], dense(q[1], sequences[1], 39), atol=2e-6)
+
+
 def test_a_query_does_not_see_the_keys_behind_it(kernels):
     rng = np.random.default_rng(2)
     [seq], pool = make_sequences([64], rng)

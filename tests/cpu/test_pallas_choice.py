@@ -1,6 +1,9 @@
 """Which kernels a GPU gets, the table of tunings, the work list, and what the kernels cost."""
 
 import json
+import re
+from dataclasses import asdict
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +14,16 @@ from small_profiles import small_hardware, small_model
 
 from duetjax.policy.launch import Program
 from duetjax.policy.roofline import Roofline
+from pallas_kernels import choice as choice_module
+from pallas_kernels import triton_gpu
 from pallas_kernels.choice import Asked, ModelShapes, choose
 from pallas_kernels.cost import Heads, decode_cost, write_cost
 from pallas_kernels.shapes import DTYPES, HEAD_DIMS, PAGE_SIZES, Scores, Tuning, why_not
+from pallas_kernels.triton_gpu import TritonKernels
 from pallas_kernels.tuning import TABLE, Case, Entry, read_table, table_text, tuning_for
 from pallas_kernels.work_list import MOST_CHUNKS, Chunks, work_list
 
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ModelShapes(32, 8, 128, 64, "bfloat16")
 
 
@@ -25,35 +32,96 @@ def test_hopper_gets_mosaics_kernels_with_the_tables_tuning_and_its_source(capab
     choice = choose(capability, LLAMA)
     entry = tuning_for(Case("sm_90", 128, 64, "bfloat16"))
     assert choice.name is Asked.MOSAIC
-    assert choice.mosaic.tuning == entry.tuning
+    assert choice.kernels.tuning == entry.tuning
     assert entry.date in choice.why
     assert entry.source in choice.why
 
 
+@pytest.fixture
+def triton_is_here(monkeypatch):
+    monkeypatch.setattr(triton_gpu, "missing_package", lambda: None)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9"])
+def test_ampere_and_ada_get_tritons_kernels_which_nobody_has_run(capability, triton_is_here):
+    choice = choose(capability, LLAMA)
+    assert choice.name is Asked.TRITON
+    assert choice.kernels == TritonKernels(int(capability.replace(".", "")))
+    assert choice.why == f"compute capability {capability}; compiled, never run"
+
+
+def test_a_file_with_results_says_that_tritons_kernels_have_run(triton_is_here, monkeypatch):
+    files = {"8.0": "benchmarks/results/a100/triton.json"}
+    monkeypatch.setattr(choice_module, "RESULTS_OF_TRITON", files)
+    assert choose("8.0", LLAMA).why.endswith("seen to be right in " + files["8.0"])
+    assert choose("8.9", LLAMA).why.endswith("compiled, never run")
+
+
+def test_every_file_with_results_is_there():
+    files = choice_module.RESULTS_OF_TRITON
+    assert [file for file in files.values() if not (ROOT / file).is_file()] == []
+
+
+def test_without_their_package_tritons_kernels_are_not_chosen_and_the_reason_names_it(monkeypatch):
+    monkeypatch.setattr(triton_gpu, "missing_package", lambda: "jax-triton")
+    choice = choose("8.0", LLAMA)
+    assert choice.name is Asked.XLA
+    assert choice.kernels is None
+    assert "8.0, but jax-triton is not installed: pip install 'duetjax[triton]'" in choice.why
+    with pytest.raises(ValueError, match="jax-triton is not installed"):
+        choose("8.0", LLAMA, Asked.TRITON)
+
+
+def test_the_package_that_is_missing_is_the_first_that_cannot_be_found(monkeypatch):
+    here = {"triton"}
+    monkeypatch.setattr(triton_gpu, "find_spec", lambda name: name if name in here else None)
+    assert triton_gpu.missing_package() == "jax-triton"
+    here.add("jax_triton")
+    assert triton_gpu.missing_package() is None
+
+
+def test_hopper_runs_tritons_kernels_for_whoever_asks(triton_is_here):
+    choice = choose("9.0a", LLAMA, Asked.TRITON)
+    assert choice.kernels == TritonKernels(90)
+    assert choice.why.startswith("asked for; ")
+    assert choose("9.0a", LLAMA).name is Asked.MOSAIC
+
+
+OTHERS = [
+    (None, LLAMA, "not an NVIDIA GPU"),
+    ("7.5", LLAMA, "compute capability 7.5"),
+    ("10.0a", LLAMA, "compute capability 10.0"),
+]
+UNSUITED = [
+    (ModelShapes(32, 8, 80, 64, "bfloat16"), "head_dim 80"),
+    (ModelShapes(71, 1, 64, 64, "bfloat16"), "71 heads on 1 KV heads"),
+    (ModelShapes(32, 8, 128, 64, "float32"), "pages of float32"),
+    (ModelShapes(32, 8, 128, 64, "float8_e4m3fn"), "fp8|float8"),
+]
+
+
 @pytest.mark.parametrize(
     ("capability", "shapes", "why"),
-    [
-        (None, LLAMA, "not an NVIDIA GPU"),
-        ("8.0", LLAMA, "compute capability 8.0"),
-        ("10.0a", LLAMA, "compute capability 10.0"),
-        ("9.0", ModelShapes(32, 8, 80, 64, "bfloat16"), "head_dim 80"),
-        ("9.0", ModelShapes(71, 1, 64, 64, "bfloat16"), "71 heads on 1 KV heads"),
-        ("9.0", ModelShapes(32, 8, 128, 64, "float32"), "pages of float32"),
-        ("9.0", ModelShapes(32, 8, 128, 64, "float8_e4m3fn"), "scales"),
-    ],
+    [*OTHERS, *((capability, *each) for each in UNSUITED for capability in ("8.0", "9.0"))],
 )
-def test_others_get_xlas_kernels_and_are_told_why(capability, shapes, why):
+def test_others_get_xlas_kernels_and_are_told_why(capability, shapes, why, triton_is_here):
     choice = choose(capability, shapes)
     assert choice.name is Asked.XLA
-    assert why in choice.why
-    with pytest.raises(ValueError, match=why):
-        choose(capability, shapes, Asked.MOSAIC)
+    assert re.search(why, choice.why)
+    for asked in (Asked.MOSAIC, Asked.TRITON):
+        with pytest.raises(ValueError, match="cannot run"):
+            choose(capability, shapes, asked)
 
 
 def test_xlas_kernels_can_be_asked_for_unless_the_scores_are_special():
-    assert choose("9.0", LLAMA, Asked.XLA).mosaic is None
+    assert choose("9.0", LLAMA, Asked.XLA).kernels is None
     with pytest.raises(ValueError, match="window=100"):
         choose("9.0", LLAMA, Asked.XLA, Scores(window=100))
+
+
+def test_special_scores_are_refused_where_only_others_kernels_know_them(triton_is_here):
+    with pytest.raises(ValueError, match=r"Triton's have no .*window=100"):
+        choose("8.0", LLAMA, scores=Scores(window=100))
 
 
 def test_the_table_has_every_shape_that_the_kernel_takes_and_reads_back_as_written():
@@ -81,7 +149,7 @@ def test_a_table_is_a_line_per_entry():
     entry = Entry(Tuning(512, 64, 3, 264), "2026-11-21", "measured")
     text = table_text({Case("sm_90", 128, 64, "float16"): entry})
     assert len(text.splitlines()) == 3
-    assert json.loads(text)[0]["tuning"] == {"chunk": 512, "step": 64, "stages": 3, "blocks": 264}
+    assert json.loads(text)[0]["tuning"] == asdict(entry.tuning)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ RULES = {
     "duetjax.policy": Rule(ours=("duetjax.config",), theirs=("numpy",), never=CLOCKS),
     "duetjax.sim": Rule(ours=("duetjax.config", "duetjax.policy"), theirs=("numpy",)),
     "duetjax.text": Rule(ours=("duetjax.config",), theirs=("tokenizers", "minijinja")),
-    "pallas_kernels": Rule(theirs=("jax",)),
+    "pallas_kernels": Rule(ours=("pallas_kernels.triton_kernels",), theirs=("jax",)),
+    "pallas_kernels.triton_kernels": Rule(
+        ours=("pallas_kernels",), theirs=("jax", "jax_triton", "triton")
+    ),
     "duetjax.model": Rule(ours=("duetjax.config",), theirs=("jax", "flax", "numpy")),
     "duetjax.checkpoint": Rule(
         ours=("duetjax.config", "duetjax.host", "duetjax.model"),

@@ -1,0 +1,88 @@
+"""Prefill by our kernel, by cuDNN's attention on the dense equivalent, and by XLA's kernels."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+
+from pallas_kernels import xla, xla_fixed
+from pallas_kernels.cost import Heads
+from pallas_kernels.mosaic import MosaicKernels
+from pallas_kernels.timing import CALLS, PrefillLoad, prefill_seconds, seconds_per_call
+
+LLAMA = Heads(32, 8, 128, 2)
+LOADS = (
+    PrefillLoad(1, 8192, 0, LLAMA, 64, "bfloat16"),
+    PrefillLoad(1, 2048, 0, LLAMA, 64, "bfloat16"),
+    PrefillLoad(4, 2048, 0, LLAMA, 64, "bfloat16"),
+    PrefillLoad(16, 512, 0, LLAMA, 64, "bfloat16"),
+    PrefillLoad(1, 2048, 6144, LLAMA, 64, "bfloat16"),
+    PrefillLoad(1, 256, 7936, LLAMA, 64, "bfloat16"),
+    PrefillLoad(1, 8192, 0, LLAMA, 16, "bfloat16"),
+    PrefillLoad(1, 8192, 0, Heads(40, 8, 128, 2), 64, "float16"),
+    PrefillLoad(1, 8192, 0, Heads(32, 8, 64, 2), 64, "bfloat16"),
+    PrefillLoad(1, 8192, 0, Heads(16, 8, 256, 2), 64, "bfloat16"),
+)
+GOAL = 550e12
+"""FLOP/s of both products, of the first load on an H200; and never fewer than cuDNN."""
+
+TOYS = (
+    PrefillLoad(2, 20, 30, Heads(8, 2, 128, 2), 64, "bfloat16"),
+    PrefillLoad(1, 40, 0, Heads(2, 2, 64, 2), 16, "float16"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for one load, in 10^12 FLOPs per second of both products.
+
+    cudnn: None where there are keys before the queries, and without a GPU.
+    """
+
+    load: PrefillLoad
+    microseconds: float
+    tflops: float
+    cudnn_tflops: float | None
+    xla_tflops: float
+    worst_error: float
+
+    def __str__(self) -> str:
+        load, (H, K, D, _) = self.load, self.load.heads
+        cudnn = "-" if self.cudnn_tflops is None else f"{self.cudnn_tflops:.0f}"
+        return (
+            f"{load.rows:4} {load.new:5} {load.cached:6} {f'{H}/{K}':>6} {D:4} {load.page_size:4}"
+            f" {self.microseconds:10.1f} {self.tflops:8.1f} {cudnn:>6} {self.xla_tflops:6.1f}"
+            f" {self.worst_error:.1e}"
+        )
+
+
+HEADER = "rows   new cached    H/K    D    S         us  TFLOP/s  cuDNN    XLA error"
+
+
+def measured(load: PrefillLoad, kernels: MosaicKernels, *, on_gpu: bool) -> Row:
+    """Times all three, and compares ours with XLA's."""
+    seconds = prefill_seconds(kernels.prefill_attention, load, CALLS if on_gpu else 1)
+    others = prefill_seconds(xla_fixed.prefill_attention, load, 1)
+    dense = None
+    if on_gpu and load.cached == 0:
+        cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        dense = load.flops / seconds_per_call(cudnn, load.dense()) / 1e12
+    return Row(
+        load,
+        seconds * 1e6,
+        load.flops / seconds / 1e12,
+        dense,
+        load.flops / others / 1e12,
+        worst_error(kernels, load),
+    )
+
+
+def worst_error(kernels: MosaicKernels, load: PrefillLoad) -> float:
+    """The norm of a head's error against XLA's kernels, over that of the result, at its worst."""
+    operands = load.operands(seed=1)
+    got, want = (
+        np.asarray(jax.jit(each.prefill_attention)(*operands), np.float32)
+        for each in (kernels, xla)
+    )
+    return float((np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max())

@@ -1,0 +1,125 @@
+"""Faults planted in the prefill kernel and its operands: each must be seen by what tests see."""
+
+from unittest.mock import patch
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from paged_case import QUICK, RELATIVE_ERROR, PrefillCase, interpreter, relative_errors
+
+from pallas_kernels import prefill
+from pallas_kernels.prefill_block import K, V
+from pallas_kernels.shapes import PLAIN_SCORES, Sizes, Tuning
+from pallas_kernels.tiles import Tiling, tile_list
+
+TUNING = Tuning(chunk=128, step=64, stages=2, blocks=2)
+CASE = PrefillCase.random([(150, 20), (100, 12)], G=4, seed=7)
+
+
+def attention(q, pages, table, rows):
+    sizes = Sizes.of(q, pages, table, TUNING, PLAIN_SCORES, interpreted=True)
+    work = tile_list(*rows, q.shape[0], Tiling.of(sizes.group))
+    return prefill.prefill_tiles(q, pages, table, work, sizes)[0]
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return jax.jit(attention, compiler_options=QUICK)
+
+
+def run(attention, operands=CASE.operands):
+    """Largest relative error of an output against float64, and whether a race was found."""
+    with interpreter() as has_raced:
+        out = jax.block_until_ready(attention(*operands))
+        return relative_errors(out, CASE.dense()[0]).max(), has_raced()
+
+
+def run_faulty():
+    """`run` of the kernel as it has been changed since."""
+    return run(jax.jit(lambda *operands: attention(*operands), compiler_options=QUICK))
+
+
+def test_the_kernel_without_a_fault_is_not_accused(sound):
+    error, has_raced = run(sound)
+    assert error < RELATIVE_ERROR["bfloat16"]
+    assert not has_raced
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        pytest.param(CASE.with_other(pages=CASE.pages[:, :, ::-1]), id="keys and values swapped"),
+        pytest.param(CASE.with_other(table=CASE.table + 1), id="a page off by one"),
+        pytest.param(CASE.with_other(table=CASE.table[:, ::-1]), id="pages in another order"),
+        pytest.param(CASE.with_other(cached=CASE.cached + 1), id="a key too many"),
+        pytest.param(CASE.with_other(cached=CASE.cached - 1), id="a key too few"),
+        pytest.param(
+            CASE.with_other(offsets=CASE.offsets + np.array([0, 1, 0])), id="a row too long"
+        ),
+    ],
+)
+def test_operands_that_are_off_are_noticed(faulty, sound):
+    error, _ = run(sound, faulty.operands)
+    assert not error < 4 * RELATIVE_ERROR["bfloat16"], error  # NaN is noticed too
+
+
+class EarlyRelease(prefill._Attention):
+    """Says that values have been read before they are."""
+
+    def plus_weighted(self, values, weights, slot):
+        plgpu.barrier_arrive(self.free.at[V * self.stages + slot])
+        return super().plus_weighted(values, weights, slot)
+
+    def release(self, which, slot):
+        if which == K:
+            super().release(which, slot)
+        else:
+            _ = self.kv_s[which, slot]
+            plgpu.commit_smem()
+
+
+class MissingCommit(prefill._Attention):
+    """Hands a result to TMA that it may not see yet."""
+
+    def store(self, *arguments):
+        with patch.object(plgpu, "commit_smem", lambda: None):
+            super().store(*arguments)
+
+
+class MissingWait(prefill._Attention):
+    """Does not wait for its queries, keys and values."""
+
+    def run(self, group):
+        with patch.object(plgpu, "barrier_wait", lambda barrier: None):
+            super().run(group)
+
+
+class MissingWaitForSlot(prefill.Loader):
+    """Fills slots whether they are free or not."""
+
+    def load(self, *arguments):
+        with patch.object(plgpu, "barrier_wait", lambda barrier: None):
+            super().load(*arguments)
+
+
+@pytest.mark.parametrize("faulty", [EarlyRelease, MissingCommit])
+def test_memory_that_is_handed_on_too_early_is_noticed(faulty, monkeypatch):
+    monkeypatch.setattr(prefill, "_Attention", faulty)
+    error, has_raced = run_faulty()
+    assert has_raced, error
+
+
+def test_a_slot_that_is_filled_before_it_is_free_is_noticed(monkeypatch):
+    monkeypatch.setattr(prefill, "Loader", MissingWaitForSlot)
+    try:
+        _, is_noticed = run_faulty()
+    except jax.errors.JaxRuntimeError:  # a barrier was passed that others still wait at
+        is_noticed = True
+    assert is_noticed
+
+
+def test_a_load_that_is_not_waited_for_is_noticed(monkeypatch):
+    monkeypatch.setattr(prefill, "_Attention", MissingWait)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no threads observed phase"):
+        run_faulty()
