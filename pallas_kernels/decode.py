@@ -55,6 +55,8 @@ def decode_chunks(
         kernel_name="decode_chunks",
     )
     heads = q.astype(sizes.operand_dtype).reshape(B * K, sizes.group, D)
+    if sizes.group > 8:  # boxes of 8 heads; one alone may lack some
+        heads = jnp.pad(heads, ((0, 0), (0, sizes.head_rows - sizes.group), (0, 0)))
     pages = pages.reshape(-1, sizes.page_size, D)
     of_pages = [] if scales is None else [scales.reshape(-1)]
     means, log_sums = run(heads, pages, page_table, lengths, *work, *of_pages)

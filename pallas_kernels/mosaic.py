@@ -17,7 +17,7 @@ from pallas_kernels.decode import decode_chunks
 from pallas_kernels.prefill import prefill_tiles
 from pallas_kernels.shapes import FP8, PLAIN_SCORES, Scores, Sizes, Tuning
 from pallas_kernels.tiles import Tiling, tile_list
-from pallas_kernels.work_list import work_list
+from pallas_kernels.work_list import rows_within, work_list
 from pallas_kernels.write import write_tokens
 
 
@@ -137,9 +137,8 @@ def _prefill(
     sizes: Sizes,
 ) -> tuple[jax.Array, jax.Array]:
     T, limit = q.shape[0], page_table.shape[1] * sizes.page_size
-    row_offsets = jnp.clip(row_offsets, 0, T)
+    row_offsets, cached_lengths = rows_within(row_offsets, cached_lengths, T, limit)
     first, counts = row_offsets[:-1], row_offsets[1:] - row_offsets[:-1]
-    cached_lengths = jnp.clip(cached_lengths, 0, limit - counts)
     tiling = Tiling.of(sizes.group)
     work = tile_list(row_offsets, cached_lengths, T, tiling, sizes.chunks.window)
     out, lse = prefill_tiles(q, pages, page_table, work, sizes, scales)

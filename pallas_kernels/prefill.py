@@ -54,8 +54,9 @@ def prefill_tiles(
     count = work.tiles.shape[0]
     blocks = count * H // tiling.heads
     queries = q.astype(sizes.operand_dtype)
-    if T > 8 and T % 8:  # boxes of 8 tokens
-        queries = jnp.pad(queries, ((0, -T % 8), (0, 0), (0, 0)))
+    # Boxes of 8 tokens, two at least: where there is one, TMA is not told which of them is meant.
+    spare = -T % 8 if T > 16 else 16 - T
+    queries = jnp.pad(queries, ((0, spare), (0, 0), (0, 0)))
     run: Any = plgpu.kernel(
         lambda *refs: _run(sizes, tiling, *refs),
         out_type=(

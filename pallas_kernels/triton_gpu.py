@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import shapes, xla_fixed
 from pallas_kernels.triton_index import Form, tiles
-from pallas_kernels.work_list import Chunks
+from pallas_kernels.work_list import Chunks, rows_within
 
 CHUNK = 512
 """Keys per chunk of decode, at least."""
@@ -123,5 +123,7 @@ def _prefill(
 ) -> jax.Array:
     from pallas_kernels import triton_kernels
 
-    work = tiles(row_offsets, cached_lengths, q.shape[0], form.tile_tokens)
+    most = form.table_width * form.page_size
+    rows = rows_within(row_offsets, cached_lengths, q.shape[0], most)
+    work = tiles(*rows, q.shape[0], form.tile_tokens)
     return triton_kernels.prefill((q, pages, page_table, work), form, capability)

@@ -46,6 +46,15 @@ class Chunks:
         return self.first_key(length) // self.tokens, behind
 
 
+def rows_within(
+    row_offsets: jax.Array, cached_lengths: jax.Array, num_tokens: int, most_keys: int
+) -> tuple[jax.Array, jax.Array]:
+    """Packed rows as far as tokens and page tables go: what is beyond them is others' memory."""
+    row_offsets = jnp.clip(row_offsets, 0, num_tokens)
+    counts = row_offsets[1:] - row_offsets[:-1]
+    return row_offsets, jnp.clip(cached_lengths, 0, most_keys - counts)
+
+
 class WorkList(NamedTuple):
     """One item per chunk with keys, rows in order.
 

@@ -66,6 +66,7 @@ def assembled(capfd, monkeypatch):
 FORMS = [
     (ModelShapes(32, 8, 128, 64, "bfloat16"), PLAIN_SCORES),
     (ModelShapes(4, 4, 64, 16, "float16"), Scores(window=1000)),
+    (ModelShapes(24, 2, 128, 64, "bfloat16"), PLAIN_SCORES),
     (ModelShapes(16, 8, 256, 64, FP8), Scores(window=1000)),
     (ModelShapes(16, 8, 256, 128, "bfloat16"), Scores(soft_cap=50.0, window=1000)),
 ]

@@ -86,3 +86,13 @@ def test_layers_prefill_in_place_without_loops_and_with_one_text_of_each_kernel(
     assert "kWhile" not in facts.thunks
     assert facts.alias_bytes == layout.num_pages * layout.page_bytes
     assert facts.custom_calls["mosaic_gpu_v2"] == num_layers * 3
+
+
+def test_a_few_tokens_are_more_than_one_box_of_them():
+    """Of a dimension with one box TMA is not told where in it to begin; no interpreter shows it."""
+    target, shapes = absent_gpu("h200-sxm"), ModelShapes(8, 1, 128, 64, "bfloat16")
+    q, *others = operands(target, shapes)
+    few = target.abstract((8, *q.shape[1:]), q.dtype)
+    with target.context():
+        lowered = jax.jit(kernels_for(shapes).prefill_attention).lower(few, *others)
+    assert "tensor<16x8x128xbf16>" in lowered.as_text()

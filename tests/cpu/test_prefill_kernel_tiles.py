@@ -10,8 +10,14 @@ from small_profiles import small_hardware, small_model
 from duetjax.policy.roofline import Roofline
 from pallas_kernels.cost import Heads, decode_cost, prefill_cost
 from pallas_kernels.tiles import TILE_ROWS, Tiling, tile_list
+from pallas_kernels.work_list import rows_within
 
 NUM_TOKENS, NUM_ROWS = 320, 12
+
+
+def test_rows_go_no_further_than_tokens_and_pages():
+    offsets, cached = rows_within(np.array([0, 5, 99]), np.array([500, -3]), 10, most_keys=64)
+    assert (offsets.tolist(), cached.tolist()) == ([0, 5, 10], [59, 0])
 
 
 @given(group=st.integers(1, 16))
