@@ -20,7 +20,7 @@ def first(tmp_path_factory):
     """A folder whose programs an engine with FLAGS has compiled, and what it answered."""
     folder = tmp_path_factory.mktemp("cache")
     done = generate(folder)
-    assert "6 of them compiled" in done.stderr
+    assert "7 of them compiled" in done.stderr
     return folder, done.stdout
 
 
