@@ -27,11 +27,13 @@ from pathlib import Path
 
 import numpy as np
 
+from duetjax.host import host_memory
 from duetjax.policy.profiles import Basis, HardwareProfile, Origin, Reach
 
 PRODUCT_SIZE = 2048
 COPY_BYTES = 2**28
 LAUNCHES = 200
+WATTS_PER_CORE = 50
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def profile(name: str, found: Sequence[Measured]) -> HardwareProfile:
         contention_prefill=1.10,
         launch_us=found[-1].launch_us,
         interconnect_bytes_per_s=found[-1].bytes_per_s,
+        memory_bytes=host_memory(),
+        board_watts=WATTS_PER_CORE * found[-1].cores,
         origins={
             "cores": Origin(by, f"affinity of the process; {machine}"),
             "core_step": share,
@@ -142,6 +146,8 @@ def profile(name: str, found: Sequence[Measured]) -> HardwareProfile:
             "contention_prefill": unknown,
             "launch_us": Origin(by, f"a jitted addition of scalars, waited for, {jax}"),
             "interconnect_bytes_per_s": Origin(Basis.ASSUMED, "that of its own memory"),
+            "memory_bytes": Origin(by, "all of the machine's"),
+            "board_watts": Origin(Basis.ASSUMED, f"{WATTS_PER_CORE} W a core"),
         },
     )
 

@@ -29,26 +29,25 @@ from duetjax.checkpoint.source import (
 )
 from duetjax.checkpoint.weights import read_weights
 from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
-from duetjax.devices import Device, Ready, find_device
+from duetjax.devices import Device, Parts, Ready, find_device
 from duetjax.engine import EngineClient
 from duetjax.model.decoder import Definition
 from duetjax.planning import make_planning, read_profiles, wanted_splits
-from duetjax.policy.limits import SchedulerLimits
+from duetjax.policy.limits import SchedulerLimits, decode_buckets, prefill_buckets
+from duetjax.policy.memory import DeviceMemory, check_free, kv_bytes
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.policy.scheduler import Scheduler
+from duetjax.policy.shape_profile import shape_profile
 from duetjax.runtime import compilations
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.measured_profile import measured_profile
-from duetjax.runtime.memory import DeviceMemory, MemoryPlan, check_free, kv_bytes, plan_memory
+from duetjax.runtime.memory import MemoryPlan, plan_memory
 from duetjax.runtime.programs import Buckets, Leaves, Programs, Upkeep
-from duetjax.runtime.shape_profile import shape_profile
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
 from duetjax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-_SMALLEST_PREFILL = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,8 @@ def build_engine(
         plan.layout.page_size,
     )
     limits = _limits(engine, plan, programs.buckets)
-    shapes = shape_profile(source.name, source.config, programs)
+    size, buckets = np.dtype(jnp.dtype(programs.layout.dtype)).itemsize, programs.buckets
+    shapes = shape_profile(source.name, source.config, size, buckets, buckets.prefill_rows)
     profiles = read_profiles(engine, shapes)
     weights = _load_weights(source, programs, load_format, engine.seed)
     ready = _compile(programs, device, memory, engine, programs.definition.ordered(weights))
@@ -186,7 +186,7 @@ def _plan(
         plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=device.is_host))
         plan = replace(plan, layout=replace(plan.layout, in_pool=parts.in_pool))
         slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
-        buckets = _buckets(engine, plan, parts.fewest_rows)
+        buckets = _buckets(engine, plan, parts)
         kernels, product = parts.kernels, parts.product
         return Programs(config, plan.layout, slots, buckets, device.target, kernels, product), plan
 
@@ -224,21 +224,14 @@ class _GraphBar:
         self._bar.update()
 
 
-def _buckets(engine: EngineConfig, plan: MemoryPlan, fewest_rows: int) -> Buckets:
-    """Decode rows in powers of 2; prefill tokens in powers of 4 up to the token budget.
-
-    Deterministic: the largest of each alone, as sums are ordered differently in each bucket.
-    """
+def _buckets(engine: EngineConfig, plan: MemoryPlan, parts: Parts) -> Buckets:
+    """Deterministic: the largest of each alone, as sums are ordered differently in each bucket."""
     largest = min(engine.max_num_batched_tokens, engine.max_num_seqs * plan.max_model_len)
-    prefill = [largest]
-    while prefill[0] > 4 * _SMALLEST_PREFILL:
-        prefill.insert(0, prefill[0] // 4)
-    decode = [fewest_rows]
-    while decode[-1] < engine.max_num_seqs:
-        decode.append(2 * decode[-1])
+    prefill = prefill_buckets(largest, parts.prefill_ratio)
+    decode = decode_buckets(engine.max_num_seqs, parts.fewest_rows)
     if engine.deterministic:
         decode, prefill = decode[-1:], prefill[-1:]
-    return Buckets(tuple(decode), tuple(prefill), engine.max_num_seqs)
+    return Buckets(decode, prefill, engine.max_num_seqs)
 
 
 def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> SchedulerLimits:

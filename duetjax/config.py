@@ -158,6 +158,28 @@ class ModelConfig:
         """Index of the KV array that each layer reads; the identity for every model so far."""
         return tuple(range(self.num_layers))
 
+    @property
+    def layer_matrices(self) -> tuple[tuple[int, int], ...]:
+        """(Features out, features in) of the products of a layer, in order, as they are fused."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return (heads + 2 * kv_heads, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)
+
+    def page_bytes(self, page_size: int, value_bytes: int) -> int:
+        """Bytes of the keys and values of `page_size` tokens over all layers."""
+        heads = len(set(self.kv_of_layer)) * 2 * self.num_kv_heads
+        return heads * page_size * self.head_dim * value_bytes
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights, biases and norms; the embedding counts once where the head is tied to it."""
+        biases = self.qkv_bias, self.o_bias, self.mlp_bias, self.mlp_bias
+        layer = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        for (rows, columns), has_bias in zip(self.layer_matrices, biases, strict=True):
+            layer += rows * columns + rows * has_bias
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + self.hidden_size + embeddings
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """Parses config.json; `ModelFolderError` names the key that is missing or unsupported."""

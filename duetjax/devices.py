@@ -17,12 +17,12 @@ from duetjax.host import free_host_memory, host_memory
 from duetjax.model import layers
 from duetjax.model.kv_pages import Kernels
 from duetjax.policy.launch import Executor, Launch, Program, Split, StepResult
+from duetjax.policy.memory import PAGE_STEP
 from duetjax.runtime import host_kernels
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import Executables, JaxDevice
 from duetjax.runtime.host_lanes import HostLanes
 from duetjax.runtime.in_order import InOrder
-from duetjax.runtime.memory import PAGE_STEP
 from duetjax.runtime.programs import Key, Leaves, Programs
 from duetjax.runtime.rungs import NoRung, Rung, open_lanes
 from duetjax.runtime.store import ProgramStore, default_folder
@@ -43,14 +43,16 @@ _OUTPUT_BYTES = 256 * 2**20
 class Parts:
     """What programs are made of. in_pool: KV pages lie outside XLA.
 
-    fewest_rows: of a decode program, 1 or 2. usual_tokens: context length that the kernels are
-    meant for, where nobody asks for another.
+    fewest_rows: of a decode program, 1 or 2. prefill_ratio: of one prefill program's tokens to the
+    next smaller one's. usual_tokens: context length that the kernels are meant for, where nobody
+    asks for another.
     """
 
     kernels: Kernels
     product: layers.Product = layers.product
     in_pool: bool = False
     fewest_rows: int = 2
+    prefill_ratio: int = 4
     usual_tokens: int | None = None
 
 
@@ -241,10 +243,10 @@ class Gpu:
             raise ConfigError(f"--kernels {self._asked}: {error}") from None
         _log.info("kernels: %s (%s)", choice.name, choice.why)
         if choice.kernels is not None:
-            return Parts(choice.kernels)
+            return Parts(choice.kernels, prefill_ratio=2)
         if self._backend == Backend.JAX:
-            return Parts(xla)
-        return Parts(xla_fixed, usual_tokens=_USUAL_TOKENS)
+            return Parts(xla, prefill_ratio=2)
+        return Parts(xla_fixed, prefill_ratio=2, usual_tokens=_USUAL_TOKENS)
 
     def foreseen(self, programs: Programs) -> int:
         """See `Device`; by compiling the programs for few pages, which change nothing."""

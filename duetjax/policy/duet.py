@@ -14,8 +14,12 @@ from duetjax.policy.partition import Bounds, Candidates, Choice, Outcome, choose
 from duetjax.policy.policies import Aggregate, Decision, Details, Duet, Load
 
 IN_FLIGHT = 2
-"""Launches of the decode lane that a row handed over waits for: together no longer than one step
-may take. The lane is planned again and again while prefill runs, so k need not span all of it."""
+"""Launches of the decode lane that a row handed over waits for. With the step that brings its
+second token they should take no longer than the objective: on a split that allows it a step takes a
+third of that, and k, as the lane is planned again and again, need not span a prefill launch."""
+
+HAND_OVER = "hand_over"
+"""Why a launch decodes alone: a row handed over would wait too long for a mixed one to end."""
 
 PREFILL_SIZES = 2
 """Sizes of a prefill launch that are weighed: the throughput hardly differs among those it could
@@ -149,8 +153,8 @@ class DuetPolicy:
     """Mixed batches while they keep the objective, else the best split of the device.
 
     Where predictions have proved wrong (`Foresight.is_trusted`) it is aggregated with half the
-    budget. What it decides is counted by `Outcome`, "aggregated" or "distrusted". last_choice: what
-    the optimiser came to last, for those who ask why.
+    budget. What it decides is counted by `Outcome`, "aggregated", "distrusted" or "hand_over".
+    last_choice: what the optimiser came to last, for those who ask why.
     """
 
     def __init__(self, foresight: Foresight, sizes: Sizes) -> None:
@@ -174,18 +178,24 @@ class DuetPolicy:
         prospect = Prospect(foresight, sizes, details)
         slo_ms = with_margin(details.tbt_slo_ms, foresight)
         mixed_ms = prospect.mixed_ms(sizes.budget)
-        if mixed_ms <= slo_ms:
+        if mixed_ms <= slo_ms - details.handed_over_ms:
             return Aggregate(sizes.budget)
+        if mixed_ms <= slo_ms:
+            return Aggregate(load.rows, why=HAND_OVER)
         if owed:
             return Aggregate(owed, decodes=False, why=Outcome.DECODE_ALONE)
-        within = bounds(sizes, details, slo_ms)
-        self.last_choice = prospect.choose(within, mixed_ms, self._previous)
-        return self._decision(self.last_choice, load, details)
+        choice = prospect.choose(
+            bounds(sizes, details, slo_ms / (IN_FLIGHT + 1)), mixed_ms, self._previous
+        )
+        if choice.outcome is not Outcome.SPLIT:
+            choice = prospect.choose(bounds(sizes, details, slo_ms), mixed_ms, self._previous)
+        self.last_choice = choice
+        return self._decision(choice, load, details, slo_ms)
 
-    def _decision(self, choice: Choice, load: Load, details: Details) -> Decision:
+    def _decision(self, choice: Choice, load: Load, details: Details, slo_ms: float) -> Decision:
         if choice.split is not None:
             self._previous = choice.split
-            k = max(1, min(choice.k, int(choice.tbt_slo_ms / (IN_FLIGHT * choice.decode_ms))))
+            k = max(1, min(choice.k, int((slo_ms / choice.decode_ms - 1) / IN_FLIGHT)))
             return Duet(choice.split, k, choice.prefill_tokens, choice.outcome)
         if choice.outcome is Outcome.DECODE_ALONE:
             if details.split is None:  # else decode goes on beside the episode's last prefill

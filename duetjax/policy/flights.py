@@ -77,6 +77,11 @@ class Flights:
         """Whether lanes share the device."""
         return bool(self._depth[Lane.PREFILL] or self._depth[Lane.DECODE])
 
+    @property
+    def since_prefill_ms(self) -> float:
+        """How long ago a launch of the prefill lane ended."""
+        return 1e3 * (self.now - self._ended[Lane.PREFILL])
+
     def is_busy(self, lane: Lane) -> bool:
         """Whether a launch is on the lane."""
         return self._depth[lane] > 0
@@ -103,6 +108,21 @@ class Flights:
         self._ended[lane] = now
         if flight.step is not None and self._durations is not None:
             self._durations.observe(flight.step, 1e3 * (now - began) / flight.launch.k)
+
+    def repeated(self, batch: Batch) -> Launch | None:
+        """The last launch, if nothing but one-step decode launches of `batch` is in flight."""
+        if self._depth[Lane.WHOLE] < self._limits.launches_per_lane:
+            return None
+        for flight in self:
+            if flight.batch is not batch or flight.chunks or flight.launch.k > 1:
+                return None
+        return flight.launch
+
+    def skip(self, now: float) -> None:
+        """Launches have ended by now and were followed by others like them."""
+        self._ended[Lane.WHOLE] = now
+        for flight in self:
+            flight.began = now
 
     def check_integrity(self) -> None:
         """Asserts that lanes are counted right and keep their rules; for tests."""

@@ -61,6 +61,14 @@ class Foresight:
         """See `Durations`."""
         return self._raw_ms(step) * self.calibration.factor(step.lane, step.program)
 
+    def steps_ms(self, step: Step, count: int) -> NDArray[np.float64]:
+        """Milliseconds of `count` decode steps on the whole device, from `step` on [count].
+
+        Every row feeds one token more each time.
+        """
+        steps = self._roofline.decode_steps_ms(step.bucket, step.cached, count, self._whole)
+        return steps * self.calibration.factor(step.lane, step.program)
+
     def observe(self, step: Step, measured_ms: float) -> None:
         """See `Durations`."""
         self.calibration.observe(step.lane, step.program, self._raw_ms(step), measured_ms)

@@ -8,6 +8,24 @@ from duetjax.policy.request import NewRequest
 
 LAUNCHES_PER_LANE = 2  # one runs, the next is already there when it ends
 
+_SMALLEST_PREFILL = 64
+
+
+def decode_buckets(max_num_seqs: int, fewest: int = 2) -> tuple[int, ...]:
+    """Rows of the decode programs: powers of 2 from `fewest` on, up to all rows or just beyond."""
+    sizes = [fewest]
+    while sizes[-1] < max_num_seqs:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
+def prefill_buckets(largest: int, ratio: int = 2) -> tuple[int, ...]:
+    """Tokens of the prefill programs: `largest`, and that divided by powers of `ratio`."""
+    sizes = [largest]
+    while sizes[0] > 4 * _SMALLEST_PREFILL:
+        sizes.insert(0, sizes[0] // ratio)
+    return tuple(sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:

@@ -16,7 +16,9 @@ class Details:
 
     contexts: of the decoding rows, tokens in KV. prompts: (start, left) of the admitted prompts, in
     order. tbt_slo_ms: tightest objective of what decodes. max_k: decode steps that the row with
-    most left may take, and that KV pages allow. split: of the episode in progress.
+    most left may take, and that KV pages allow. split: of the episode in progress. handed_over_ms:
+    how long rows have waited for their first decode step since the last prefill launch ended beside
+    others; 0 where there are none.
     """
 
     contexts: NDArray[np.int64]
@@ -24,6 +26,7 @@ class Details:
     tbt_slo_ms: float
     max_k: int
     split: Split | None = None
+    handed_over_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ opens a file: readers get parsed JSON, and the file's name for their errors.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from reprlib import repr as short
@@ -105,7 +105,8 @@ class ModelProfile:
     """What each program of a model costs per step, attention and KV traffic left out.
 
     compiled_for: the GPU whose compilation was analysed. dtype_bytes: of a weight and of a KV
-    value. costs: by (program, bucket); they hold for any number of KV pages and of slots.
+    value. costs: by (program, bucket); they hold for any number of KV pages and of slots. shards:
+    devices that share the model (tensor parallelism), all numbers being those of one of them.
     """
 
     KIND = "model-profile"
@@ -121,6 +122,30 @@ class ModelProfile:
     hidden_size: int
     vocab_size: int
     costs: Mapping[tuple[Program, int], Cost]
+    shards: int = 1
+
+    def sharded(self, shards: int) -> "ModelProfile":
+        """One device's part where so many share each matrix and the heads of attention.
+
+        Where there are fewer KV heads than devices, several have the same one. What is computed
+        by all alike (norms, sampling) is taken for shared. Raises ValueError where the heads cannot
+        be divided.
+        """
+        if self.num_heads % shards or (self.num_kv_heads % shards and shards % self.num_kv_heads):
+            raise ValueError(
+                f"{self.num_heads} heads on {self.num_kv_heads} KV heads cannot be divided among"
+                f" {shards}"
+            )
+        return replace(
+            self,
+            num_heads=self.num_heads // shards,
+            num_kv_heads=max(1, self.num_kv_heads // shards),
+            costs={
+                key: Cost(cost.flops / shards, cost.bytes / shards)
+                for key, cost in self.costs.items()
+            },
+            shards=self.shards * shards,
+        )
 
     def to_json(self) -> dict[str, object]:
         """The document that `from_json` reads."""
@@ -206,12 +231,12 @@ class HardwareProfile:
     min_prefill_cores: least share of either lane. curve: ascending in cores up to all of them,
     nothing in it decreasing, linear in between and from nothing at 0. contention_decode,
     contention_prefill: how many times as long a step takes beside the other lane. launch_us: of a
-    launch on the host. interconnect_bytes_per_s: to another device, one way. origins: of every
-    value, by its name.
+    launch on the host. interconnect_bytes_per_s: to another device, one way. memory_bytes: all that
+    it has. board_watts: most that it draws. origins: of every value, by its name.
     """
 
     KIND = "hardware-profile"
-    VERSION = 1
+    VERSION = 2
 
     name: str
     cores: int
@@ -223,6 +248,8 @@ class HardwareProfile:
     contention_prefill: float
     launch_us: float
     interconnect_bytes_per_s: float
+    memory_bytes: float
+    board_watts: float
     origins: Mapping[str, Origin]
 
     def splits(self) -> tuple[Split, ...]:
@@ -279,6 +306,8 @@ _FACTORS = {
     "contention_prefill": 1.0,
     "launch_us": 0.0,
     "interconnect_bytes_per_s": 1.0,
+    "memory_bytes": 1.0,
+    "board_watts": 1.0,
 }
 """Names of the plain numbers, and the least that each may be."""
 _CURVE = {

@@ -4,6 +4,8 @@ time = max(F / Pi, B / BW) for the program without attention, from the model pro
 for attention, from every request's own tokens and context. Pi [FLOP/s] and BW [bytes/s] are what
 the hardware profile says that many cores reach. Source: DuetServe (arXiv 2511.04791), section on
 the roofline; where this differs from it the docstrings say so. No calibration, and no clock.
+Where N devices share the model, each all-reduce of B bytes is a ring: 2 (N - 1) (a + B / (N BW)),
+a being HOP_US and BW the interconnect's; the paper's third term, of the additions, is left out.
 """
 
 import math
@@ -24,6 +26,10 @@ type Parts = list[tuple[float, float]]
 
 MOST_TOKENS = 2.0**40
 """Above every number of tokens that is meant; attention's square of it is still finite."""
+
+
+HOP_US = 2.0
+"""From one device to the next in a ring, a message of nothing; assumed, until measured."""
 
 
 class Attention(StrEnum):
@@ -64,6 +70,7 @@ class Roofline:
         share = sum(shares) / len(shares)
         self._curves = {program: _Curve(model, program) for program in Program}
         self._launch_ms = hardware.launch_us / 1e3
+        self._is_usual = not (self._by_row or model.shards > 1)  # of two parts
         contention = {
             None: 1.0,
             Lane.WHOLE: 1.0,
@@ -78,6 +85,14 @@ class Roofline:
         self._flops_per_pair, self._flops_per_last = share * per_pair, (1 - share) * per_pair
         self._bytes_per_query, self._bytes_of_last = share * per_query, (1 - share) * per_query
         self._bytes_per_key = 2 * model.num_kv_heads * of_layers
+        # Of two rings in each layer. What crosses the interconnect counts as so many more bytes of
+        # memory as take the same time; a share of the device that moves less waits longer for it.
+        hops, exchanged = 2 * (model.shards - 1), 2 * model.num_layers
+        slower = hardware.curve[-1].bytes_per_s / hardware.interconnect_bytes_per_s
+        self._launch_ms += exchanged * hops * HOP_US / 1e3
+        self._bytes_exchanged = (
+            exchanged * hops / model.shards * model.hidden_size * model.dtype_bytes * slower
+        )
         reached = zip(*((at.flops_per_s, at.bytes_per_s) for at in hardware.curve), strict=True)
         columns = [_ms_per_unit(hardware, column) for column in reached]
         self._per_unit = {
@@ -156,9 +171,10 @@ class Roofline:
             raise ValueError(f"{tokens:g} new tokens do not fit into {program} {bucket}")
         flops, num_bytes = self._curves[program].at(bucket)
         num_bytes += tokens * self._bytes_per_key  # the keys and values that they write
-        if each:
-            return [(flops, num_bytes), *each]
-        return [(flops, num_bytes), (attention, moved)]
+        if self._is_usual:
+            return [(flops, num_bytes), (attention, moved)]
+        exchanged = [(0.0, tokens * self._bytes_exchanged)] if self._bytes_exchanged else []
+        return [(flops, num_bytes), *exchanged, *(each or [(attention, moved)])]
 
     def per_unit(self, cores: int, contended: Lane | None = None) -> tuple[float, float]:
         """Milliseconds of one FLOP and of one byte on so many cores, 1 or more; see `step_ms`."""
@@ -180,7 +196,7 @@ class Roofline:
         A decision asks for all splits at once: this and the next are a fifth of its time, so the
         two parts of a usual step are written out.
         """
-        if self._by_row:
+        if not self._is_usual:
             return [self.ms(parts, unit) * factor for unit in units]
         launch_ms, [(f, b), (more_f, more_b)] = self._launch_ms, parts
         return [
@@ -193,11 +209,33 @@ class Roofline:
             for per_flop, per_byte in units
         ]
 
+    def decode_steps_ms(
+        self, bucket: int, contexts: NDArray[np.int64], count: int, per_unit: tuple[float, float]
+    ) -> Floats:
+        """`ms` of `count` decode steps in a row [count], each context a token longer every time.
+
+        contexts: tokens in the KV cache before the first of them, not checked.
+        """
+        if not self._is_usual:
+            rows = [self.rows(1, contexts + step) for step in range(count)]
+            steps = [self.parts(Program.DECODE, bucket, each) for each in rows]
+            return np.array([self.ms(parts, per_unit) for parts in steps])
+        # What one token costs is linear in its context, so only their sum matters.
+        tokens, (per_flop, per_byte) = len(contexts), per_unit
+        context = np.add.reduce(contexts) + tokens * (1.0 + np.arange(count))
+        flops = context * (self._flops_per_pair + self._flops_per_last)
+        moved = context * self._bytes_per_key
+        moved += tokens * (self._bytes_per_query + self._bytes_of_last)
+        [program, _] = self.parts(Program.DECODE, bucket, Rows(tokens, 0.0, 0.0))
+        fixed = self._launch_ms + max(program[0] * per_flop, program[1] * per_byte)
+        attention: Floats = np.maximum(flops * per_flop, moved * per_byte)
+        return fixed + attention
+
     def steps_ms(
         self, steps: Sequence[Parts], per_unit: tuple[float, float], factor: float
     ) -> list[float]:
         """`ms` of each of some steps, times a factor."""
-        if self._by_row:
+        if not self._is_usual:
             return [self.ms(parts, per_unit) * factor for parts in steps]
         launch_ms, (per_flop, per_byte) = self._launch_ms, per_unit
         return [

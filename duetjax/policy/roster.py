@@ -10,6 +10,8 @@ from heapq import heappop, heappush
 from itertools import chain as joined
 from typing import Any
 
+import numpy as np
+
 from duetjax.policy.columns import Batch, Columns, Line
 from duetjax.policy.launch import SlotParams, Ticket
 from duetjax.policy.limits import SchedulerLimits
@@ -209,6 +211,26 @@ class Roster:
         for row in (planned == columns.end[batch.slots]).nonzero()[0].tolist():
             self._move(batch.requests[row], Phase.ENDING)
         return batch, most
+
+    def steps_to_spare(self) -> int:
+        """Steps that all decoding rows can take before one of them takes its last, or waits."""
+        columns, slots = self.columns, self.decoding.batch().slots
+        planned = columns.planned[slots]
+        most = int((columns.end[slots] - planned).min()) - 1
+        size = self.limits.page_size
+        if len(slots) * -(-most // size) > self.pool.num_available:
+            most = min(most, int((columns.room[slots] - planned).min()))
+        return most
+
+    def skip(self, count: int) -> None:
+        """All decoding rows have taken so many more steps, and sampled token 0 in each."""
+        self.reserve(count, may_preempt=False)
+        columns, slots = self.columns, self.decoding.batch().slots
+        length = columns.length[slots]
+        columns.tokens[slots[:, None], length[:, None] + np.arange(count)] = 0
+        columns.length[slots] = length + count
+        columns.computed[slots] += count
+        columns.planned[slots] += count
 
     def _grow(self, request: Request, count: int, may_preempt: bool) -> bool:
         """Up to `count` more pages where there are not enough for everybody; False if starved."""

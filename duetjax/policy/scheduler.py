@@ -5,9 +5,11 @@ what a token means, what a device does with a launch, or who waits for the outpu
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.config import InvalidRequest
 from duetjax.policy.columns import Batch, Chunk
@@ -23,6 +25,17 @@ from duetjax.policy.roster import Roster, slot_of
 from duetjax.policy.stats import Stats
 
 _NOBODY = Batch()
+_AGGREGATED = Aggregate(0).why
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steady:
+    """A launch that repeats itself `most` times or more. ids, ends: of its rows, `Columns.end`."""
+
+    launch: Launch
+    ids: tuple[str, ...]
+    ends: NDArray[np.int64]
+    most: int
 
 
 class Scheduler:
@@ -215,6 +228,7 @@ class Scheduler:
             tbt_slo_ms=self._tightest_slo_ms(),
             max_k=min(int(left.max(initial=1)), free + 1),
             split=None if episode is None else episode.split,
+            handed_over_ms=flights.since_prefill_ms if roster.deltas.handovers else 0.0,
         )
 
     def _tightest_slo_ms(self) -> float:
@@ -272,6 +286,40 @@ class Scheduler:
     ) -> Launch:
         roster = self._roster
         return self._flights.begin(lane, split, (batch, chunks), k, roster.columns, roster.deltas)
+
+    # Skipping, for simulations.
+
+    def steady(self) -> Steady | None:
+        """What would be launched again and again if only time passed.
+
+        A one-step decode launch on the whole device; None where it is another, or where a row ends,
+        or pages are short or about to be given back, before the next but one.
+        """
+        roster, flights = self._roster, self._flights
+        batch = roster.decoding.batch()
+        others = (roster.prefilling, roster.handing_over, roster.ending)
+        if not batch or any(others) or roster.starved or roster.pool.is_draining:
+            return None
+        launch = flights.repeated(batch)
+        if launch is None:
+            return None
+        most = roster.steps_to_spare()
+        if most < 1:
+            return None
+        return Steady(launch, batch.ids, roster.columns.end[batch.slots], most)
+
+    def skip(self, count: int, now: float) -> None:
+        """`commit` and `plan` for `count` launches that are `steady`, the last ended by now.
+
+        Launches in flight then are known by the tickets of those before. All tokens are 0, nothing
+        is learned from how long it took, and the policy is not asked.
+        """
+        self._roster.skip(count)
+        self._flights.skip(now)
+        rows = len(self._roster.decoding)
+        self._results.generation_tokens += count * rows
+        self._steps += count
+        self._decisions[_AGGREGATED] += count
 
     # Committing.
 

@@ -7,9 +7,10 @@ tests' fake device to find out.
 import heapq
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from duetjax.policy.durations import Durations, Step
 from duetjax.policy.launch import (
@@ -17,12 +18,12 @@ from duetjax.policy.launch import (
     FinishedStep,
     Lane,
     Launch,
-    Program,
     RowFlag,
     SlotParams,
     StepResult,
     Ticket,
 )
+from duetjax.policy.scheduler import Steady
 from duetjax.sim.clock import Clock, VirtualClock
 
 type Sampler = Callable[[SlotParams, int], int]
@@ -32,12 +33,14 @@ _SAMPLED, _STOPPED, _AT_LIMIT = (
     int(flag) for flag in (RowFlag.SAMPLED, RowFlag.STOPPED, RowFlag.AT_LIMIT)
 )
 
-type _Row = tuple[int, int]
-_NOTHING: _Row = (0, 0)
+type StepsMs = Callable[[Step, int], NDArray[np.float64]]
+"""Milliseconds of so many decode steps in a row, each row feeding one token more every time."""
 
+type Columns = NDArray[np.int64]
+type Floats = NDArray[np.float64]
 
-def _token_zero(params: SlotParams, position: int) -> int:
-    return 0
+MOST_SLOTS = 65_536
+"""Slots are numbered below it."""
 
 
 class SimulatedExecutor:
@@ -51,9 +54,10 @@ class SimulatedExecutor:
     clock nobody waits: leave `start` alone and call `advance` from the thread that submits.
 
     Logprobs are 0.0, alternatives none. Of the rows only positions, limits and stop ids are real.
+    Without a sampler every token is 0 and stops nobody.
     """
 
-    def __init__(self, durations: Durations, clock: Clock, sampler: Sampler = _token_zero) -> None:
+    def __init__(self, durations: Durations, clock: Clock, sampler: Sampler | None = None) -> None:
         self._durations = durations
         self._clock = clock
         self._slots = _Slots(sampler)  # touched by whoever calls `advance` alone
@@ -116,6 +120,34 @@ class SimulatedExecutor:
             for launch, step in ended
         )
 
+    def skip(self, steady: Steady, until: float, steps_ms: StepsMs) -> Floats:
+        """When the next steps end [n], n <= most, that do so before `until`; they have ended then.
+
+        For a virtual clock, and whoever needs no results: in flight are one-step decode launches of
+        the same rows, and each is followed by another. These take as long as steps_ms(the first of
+        them, count) says, [count].
+        """
+        launch, most = steady.launch, steady.most
+        with self._changed:
+            flying = sorted(self._ends)
+            step = self._fed.next_step(launch)
+            seconds = steps_ms(step, most) / 1e3
+            last = np.cumsum(np.concatenate(([flying[-1][0]], seconds)))
+            ends = np.concatenate(([end for end, _, _ in flying[:-1]], last))
+            count = min(most, int(np.searchsorted(ends, until)))
+            if not count:
+                return ends[:0]
+            later = ends[count : count + len(flying)].tolist()
+            self._ends = [(end, *rest) for end, (_, *rest) in zip(later, flying, strict=True)]
+            self._free_at[launch.lane] = later[-1]
+            for ticket, earlier in self._launches.items():
+                self._slots.apply_deltas(earlier)
+                self._launches[ticket] = replace(earlier, admitted=(), limits=())
+            self._clock.wait(self._changed, ends.item(count - 1))
+        self._fed.skip(steady, count)
+        self._slots.skip(steady, count)
+        return ends[:count]
+
     def close(self) -> None:
         """Waits for launches in flight, whose steps are delivered if `start` was called."""
         with self._changed:
@@ -142,97 +174,127 @@ class SimulatedExecutor:
             return bool(self._ends)
 
 
+class _Index:
+    """Slots as an array; made once for launches that follow each other with the same rows."""
+
+    def __init__(self) -> None:
+        self._slots: tuple[int, ...] = ()
+        self._index = np.zeros(0, np.int64)
+
+    def of(self, slots: tuple[int, ...]) -> Columns:
+        """The array."""
+        if slots is not self._slots:
+            self._slots, self._index = slots, np.array(slots, np.int64)
+        return self._index
+
+
 class _Fed:
     """How far each slot will be once what has been submitted is done, if no row stops early."""
 
     def __init__(self) -> None:
-        self._position: dict[int, int] = {}
-        self._limit: dict[int, int] = {}
+        self._position = np.zeros(MOST_SLOTS, np.int64)
+        self._limit = np.zeros(MOST_SLOTS, np.int64)
+        self._index = _Index()
 
     def step(self, launch: Launch) -> Step:
         """What the launch's first step computes; moves its slots on."""
-        self._limit.update(launch.limits)
-        counts = launch.counts or (0,) * len(launch.slots)
-        starts = launch.starts or counts
-        new, cached = [], []
-        for slot, start, count in zip(launch.slots, starts, counts, strict=True):
-            before = start if count else self._position[slot]
-            new.append(count or 1)
-            cached.append(before)
-            after = before + (count or launch.k)
-            self._position[slot] = after if count else min(after, self._limit[slot])
-        columns = np.array(new, np.int64), np.array(cached, np.int64)
-        return Step(launch.lane, launch.split, launch.program, launch.bucket, *columns)
+        for slot, limit in launch.limits:
+            self._limit[slot] = limit
+        slots = self._index.of(launch.slots)
+        before = self._position[slots]
+        after = np.minimum(before + launch.k, self._limit[slots])
+        new: Columns | int = 1
+        if launch.counts:
+            counts = np.array(launch.counts, np.int64)
+            is_chunk, new = counts > 0, np.maximum(counts, 1)
+            before = np.where(is_chunk, launch.starts, before)
+            after = np.where(is_chunk, before + counts, after)
+        self._position[slots] = after
+        return self._step(launch, new, before)
 
+    def next_step(self, launch: Launch) -> Step:
+        """What another decode launch with the same rows would compute."""
+        return self._step(launch, 1, self._position[self._index.of(launch.slots)])
 
-@dataclass(slots=True)
-class _Slot:
-    """What a device keeps for a slot's owner: the position its next token is fed at, its limit."""
+    def skip(self, steady: Steady, count: int) -> None:
+        """So many more steps of its rows."""
+        slots = self._index.of(steady.launch.slots)
+        self._position[slots] += count
+        self._limit[slots] = steady.ends
 
-    params: SlotParams
-    position: int = 0
-    limit: int = 0
-    has_stopped: bool = False
+    def _step(self, launch: Launch, new: Columns | int, before: Columns) -> Step:
+        return Step(launch.lane, launch.split, launch.program, launch.bucket, new, before)
 
 
 class _Slots:
-    """Answers launches step by step, in the order in which a device would take them."""
+    """Answers launches step by step, in the order in which a device would take them.
 
-    def __init__(self, sampler: Sampler) -> None:
+    position: where the next token of a slot is fed.
+    """
+
+    def __init__(self, sampler: Sampler | None) -> None:
         self._sampler = sampler
-        self._slots: dict[int, _Slot] = {}
+        self._params: dict[int, SlotParams] = {}
+        self._position = np.zeros(MOST_SLOTS, np.int64)
+        self._limit = np.zeros(MOST_SLOTS, np.int64)
+        self._has_stopped = np.zeros(MOST_SLOTS, np.bool_)
+        self._index = _Index()
 
     def run(self, launch: Launch, step: int) -> StepResult:
         """One step; the launch's deltas apply before its first."""
         if step == 0:
-            self._apply_deltas(launch)
-        if launch.program is Program.DECODE:
-            rows = [self._decode(self._slots[slot]) for slot in launch.slots]
+            self.apply_deltas(launch)
+        slots = self._index.of(launch.slots)
+        after = self._position[slots] + 1
+        samples = (after <= self._limit[slots]) & ~self._has_stopped[slots]
+        if launch.counts:
+            counts = np.array(launch.counts, np.int64)
+            is_chunk = counts > 0
+            moves = is_chunk | samples
+            after = np.where(is_chunk, counts + launch.starts, after)
+            samples = np.where(is_chunk, launch.samples, samples)
+            self._position[slots[moves]] = after[moves]
         else:
-            columns = (launch.slots, launch.starts, launch.counts, launch.samples)
-            rows = [
-                self._prefill(self._slots[slot], start, count, samples)
-                for slot, start, count, samples in zip(*columns, strict=True)
-            ]
+            self._position[slots] += samples
+        flags = samples * np.uint8(_SAMPLED)
+        flags[samples & (after >= self._limit[slots])] |= _AT_LIMIT
+        tokens = np.zeros(len(slots), np.int32)
+        if self._sampler is not None:
+            for row in samples.nonzero()[0].tolist():
+                tokens[row], stopped = self._sample(self._sampler, launch.slots[row])
+                flags[row] |= stopped
         return StepResult(
-            tokens=np.array([token for token, _ in rows], np.int32),
-            flags=np.array([flags for _, flags in rows], np.uint8),
-            logprobs=np.zeros(len(rows), np.float32),
-            top=((),) * len(rows) if launch.wants_top else (),
+            tokens=tokens,
+            flags=flags,
+            logprobs=np.zeros(len(slots), np.float32),
+            top=((),) * len(slots) if launch.wants_top else (),
         )
 
-    def _apply_deltas(self, launch: Launch) -> None:
+    def apply_deltas(self, launch: Launch) -> None:
+        """Slots have new owners and limits."""
         for params in launch.admitted:
-            self._slots[params.slot] = _Slot(params)
+            self._params[params.slot] = params
+            self._position[params.slot] = self._limit[params.slot] = 0
+            self._has_stopped[params.slot] = False
         for slot, limit in launch.limits:
-            self._slots[slot].limit = limit
+            self._limit[slot] = limit
 
-    def _prefill(self, slot: _Slot, start: int, count: int, samples: bool) -> _Row:
-        """A row of a prefill launch: a chunk, or a decoding row where `count` is 0."""
-        if count == 0:
-            return self._decode(slot)
-        slot.position = start + count
-        return self._sample(slot) if samples else _NOTHING
+    def skip(self, steady: Steady, count: int) -> None:
+        """So many more steps of its rows."""
+        slots = self._index.of(steady.launch.slots)
+        self._position[slots] += count
+        self._limit[slots] = steady.ends
 
-    def _decode(self, slot: _Slot) -> _Row:
-        if slot.has_stopped or slot.position >= slot.limit:
-            return _NOTHING
-        slot.position += 1
-        return self._sample(slot)
-
-    def _sample(self, slot: _Slot) -> _Row:
-        """The token that will stand at the slot's position, and what becomes of the row."""
-        params, flags = slot.params, _SAMPLED
-        token = self._sampler(params, slot.position)
-        if token in params.stop_ids:
-            if slot.position < params.num_prompt + params.sampling.min_tokens:
-                token = _lowest_but(params.stop_ids)  # stop ids have no probability yet
-            else:
-                slot.has_stopped = True
-                flags |= _STOPPED
-        if slot.position >= slot.limit:
-            flags |= _AT_LIMIT
-        return token, flags
+    def _sample(self, sampler: Sampler, slot: int) -> tuple[int, int]:
+        """The token that will stand at the slot's position, and whether it stops the row."""
+        params, position = self._params[slot], self._position.item(slot)
+        token = sampler(params, position)
+        if token not in params.stop_ids:
+            return token, 0
+        if position < params.num_prompt + params.sampling.min_tokens:
+            return _lowest_but(params.stop_ids), 0  # stop ids have no probability yet
+        self._has_stopped[slot] = True
+        return token, _STOPPED
 
 
 def _lowest_but(stop_ids: tuple[int, ...]) -> int:

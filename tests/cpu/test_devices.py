@@ -12,10 +12,10 @@ from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, Poli
 from duetjax.devices import Gpu, Ready, find_device
 from duetjax.planning import Profiles, wanted_splits
 from duetjax.policy.launch import Program, Split
+from duetjax.policy.memory import PAGE_STEP
 from duetjax.profile_files import Kind, read_hardware_profile, shipped_file
 from duetjax.runtime.in_order import InOrder
 from duetjax.runtime.inspection import inspect_program
-from duetjax.runtime.memory import PAGE_STEP
 from duetjax.runtime.rungs import NoRung, Rung
 from duetjax.runtime.target import absent_gpu
 from pallas_kernels import xla, xla_fixed

@@ -9,7 +9,8 @@ from duetjax.checkpoint.source import resolve_model
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.host import free_host_memory, host_memory
 from duetjax.model.kv_pages import KVLayout
-from duetjax.runtime.memory import DeviceMemory, check_free, kv_bytes, plan_memory
+from duetjax.policy.memory import DeviceMemory, check_free, kv_bytes
+from duetjax.runtime.memory import plan_memory
 
 MODEL = ModelConfig.from_hf(
     {

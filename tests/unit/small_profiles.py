@@ -14,6 +14,8 @@ VALUES = (
     "contention_prefill",
     "launch_us",
     "interconnect_bytes_per_s",
+    "memory_bytes",
+    "board_watts",
     "curve_cores",
     "curve_flops_per_s",
     "curve_bytes_per_s",
@@ -43,6 +45,8 @@ _HARDWARE = HardwareProfile(
     contention_prefill=1.1,
     launch_us=500.0,
     interconnect_bytes_per_s=1e9,
+    memory_bytes=1e9,
+    board_watts=100.0,
     origins={name: Origin(Basis.ASSUMED, "made up") for name in VALUES},
 )
 

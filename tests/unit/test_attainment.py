@@ -36,9 +36,9 @@ from duetjax.serve.metrics import Metrics
 
 SOON, LATER = range(200), range(200, 10**9)
 """The launches in which calibration has to learn, and those after them."""
-MOST_LATE, LATE_WITHOUT, LATE_UNFORGIVEN = 0.02, 0.15, 0.05
+MOST_LATE, LATE_WITHOUT, LATE_UNFORGIVEN = 0.01, 0.15, 0.05
 """Share of gaps over the objective: allowed later; at least, if nothing is learned, or if trust
-once lost never comes back. Found were 0.015, 0.20 and 0.10."""
+once lost never comes back. Found were 0.009, 0.29 and 0.10."""
 NUMBERS, NONSENSE = (None,), (math.nan, None, 0.0, math.inf, None)
 """What is heard of launches in turn, None being how long they took."""
 
@@ -94,13 +94,19 @@ DEVICES = {
     "no numbers": (lambda seed: steadily(2.0), NONSENSE, 200),
 }
 """What launches take, what is heard of them, and by which launch they are trusted again."""
+TOO_SLOW = {
+    "thrice as slow": (lambda seed: steadily(2.9), NUMBERS, None),
+    "noisy thrice": (lambda seed: noisily(steadily(2.9), seed), NUMBERS, None),
+    "thrice, no numbers": (lambda seed: steadily(2.9), NONSENSE, None),
+}
+"""As much beyond what is foreseen as no split leaves room for, and within what can be learned."""
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_seed = pytest.mark.parametrize("seed", range(2))
 
 
 def duet_on(device, seed=0, *, learns=True, forgives=True, watch=lambda run: None):
-    """40 requests on one of DEVICES."""
-    factor, heard, _ = DEVICES[device]
+    """40 requests on one of the devices."""
+    factor, heard, _ = (DEVICES | TOO_SLOW)[device]
     foresees = Hearing(heard if learns else (), forgives=forgives)
     run = Run(policy("duet", foresees), Truth(factor(seed)), Pace(foresees, tbt_slo_ms=SLO_MS))
     return run.run(arrivals(40, seed=seed), watch)
@@ -120,7 +126,7 @@ def all_finite(run):
 
 @each_seed
 @each_device
-def test_of_a_hundred_gaps_after_200_launches_two_at_most_exceed_the_objective(device, seed):
+def test_of_a_hundred_gaps_after_200_launches_one_at_most_exceeds_the_objective(device, seed):
     run = learned(device, seed)
     assert all_finite(run)
     assert run.share_over(SLO_MS, LATER) < MOST_LATE
@@ -128,13 +134,14 @@ def test_of_a_hundred_gaps_after_200_launches_two_at_most_exceed_the_objective(d
 
 
 @each_seed
-@each_device
+@pytest.mark.parametrize("device", TOO_SLOW)
 def test_without_calibration_every_sixth_gap_exceeds_it(device, seed):
+    assert learned(device, seed).share_over(SLO_MS, LATER) < MOST_LATE
     run = duet_on(device, seed, learns=False)
     assert run.share_over(SLO_MS, LATER) > LATE_WITHOUT
 
 
-@pytest.mark.parametrize("device", ["twice as slow", "noisy", "no numbers"])
+@pytest.mark.parametrize("device", ["noisy thrice", "thrice, no numbers"])
 def test_before_that_more_gaps_exceed_it(device):
     run = learned(device)
     assert run.share_over(SLO_MS, SOON) > MOST_LATE > run.share_over(SLO_MS, LATER)
@@ -167,7 +174,7 @@ def test_losing_trust_and_regaining_it_are_at_metrics(device):
         if not seen or run.stats.predictions_trusted != bool(seen[-1][0]):
             seen.append(trust_and_error(run))
 
-    run = duet_on(device, seed=2, watch=watch)
+    run = duet_on(device, seed=3, watch=watch)
     (first, *_), (lost, lost_error), (regained, error) = seen
     assert (first, lost, regained) == (1, 0, 1)
     assert lost_error > 0.3
@@ -237,17 +244,19 @@ def test_noise_loses_no_trust():
 
 @each_seed
 @each_noise
-def test_under_noise_three_of_a_hundred_gaps_at_most_exceed_the_objective(factor, seed):
+def test_under_noise_of_a_hundred_gaps_one_at_most_exceeds_the_objective(factor, seed):
     run = simulate("duet", noisily(factor, seed), trace=arrivals(60, seed=seed))
-    assert run.share_over(SLO_MS, LATER) < 0.03
+    assert run.share_over(SLO_MS, LATER) < MOST_LATE
     assert run.decisions["split"] > 0
 
 
 @each_seed
-@each_noise
-def test_without_a_margin_for_noise_more_do(factor, seed):
-    trace = arrivals(60, seed=seed)
-    run = simulate("duet", noisily(factor, seed), foresees=Careless(), trace=trace)
+def test_one_lane_whose_launches_go_up_to_the_objective_needs_a_margin_for_noise(seed):
+    factor, trace = noisily(drifting, seed), arrivals(60, seed=seed)
+    run = simulate("aggregated-slo", factor, trace=trace)
+    assert run.share_over(SLO_MS, LATER) < MOST_LATE
+    factor = noisily(drifting, seed)
+    run = simulate("aggregated-slo", factor, foresees=Careless(), trace=trace)
     assert run.share_over(SLO_MS, LATER) > 0.04
 
 

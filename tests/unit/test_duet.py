@@ -129,11 +129,41 @@ def test_beyond_the_objective_the_device_is_split():
     assert policy.last_choice.split == decision.split
 
 
-def test_two_launches_of_the_decode_lane_last_no_longer_than_the_objective():
+def test_two_launches_of_the_decode_lane_and_a_step_last_no_longer_than_the_objective():
     decision = duet().decide(load(split=Split(64, 68)))
     assert decision.k > 1
     step_ms = decode_ms(details(), decision.split)
-    assert 2 * decision.k * step_ms <= SOON_MS < 2 * (decision.k + 1) * step_ms
+    k = decision.k
+    assert (2 * k + 1) * step_ms <= SOON_MS < (2 * (k + 1) + 1) * step_ms
+
+
+def test_a_step_takes_a_third_of_the_objective_on_the_least_split_that_allows_it():
+    decision = duet().decide(load())
+    step_ms = decode_ms(details(), decision.split)
+    assert (
+        step_ms <= SOON_MS / 3 < decode_ms(details(), EXACT.splits[decision.split.decode // 8 - 2])
+    )
+
+
+def test_where_no_split_allows_it_a_step_takes_up_to_the_objective():
+    slo = 1.5 * whole_decode_ms(details())
+    decision = duet().decide(load(slo=slo))
+    assert decision.why == Outcome.SPLIT
+    assert slo / 3 < decode_ms(details(), decision.split) <= slo
+
+
+def test_a_row_handed_over_decodes_alone_before_a_mixed_launch_that_would_make_it_wait():
+    short, waited = details(prompts=((0, 500),)), 20.0
+    mixed_ms = Prospect(EXACT, SIZES, short).mixed_ms(BUDGET)
+    assert mixed_ms < SOON_MS
+    for slo, why in (
+        (mixed_ms + waited + 0.1, "aggregated"),
+        (mixed_ms + waited - 0.1, "hand_over"),
+    ):
+        seen = replace(short, tbt_slo_ms=slo, handed_over_ms=waited)
+        decision = duet().decide(load(seen))
+        assert (decision.why, decision.k) == (why, 1)
+        assert (decision.budget == 8) == (why == "hand_over")
 
 
 def test_a_step_longer_than_half_the_objective_is_launched_by_itself():
@@ -263,7 +293,7 @@ def test_a_choice_explains_itself_in_one_sentence(slo):
     assert policy.last_choice is None
     policy.decide(load(slo=slo))
     reason = policy.last_choice.reason
-    assert f"{slo:.4g} ms" in reason
+    assert any(f"{each:.4g} ms" in reason for each in (slo, slo / 3))
     assert "\n" not in reason
     assert ". " not in reason
 

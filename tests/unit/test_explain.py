@@ -108,9 +108,9 @@ def test_a_launch_that_breaks_the_objective_is_split_as_worked_out_by_hand(profi
         " 7.8 ms on 2 beside 8 prompt tokens in 32.5 ms on 2, 492.3 tokens/s",
         "predictions: the roofline's x 1.3, which is assumed until launches have been measured",
         "profiles: model derived (compiled for nothing); hardware measured (launch_us); datasheet"
-        " (cores, core_step, min_decode_cores, min_prefill_cores, interconnect_bytes_per_s);"
-        " derived (curve_cores, curve_flops_per_s, curve_bytes_per_s); assumed (contention_decode,"
-        " contention_prefill)",
+        " (cores, core_step, min_decode_cores, min_prefill_cores, interconnect_bytes_per_s,"
+        " memory_bytes, board_watts); derived (curve_cores, curve_flops_per_s, curve_bytes_per_s);"
+        " assumed (contention_decode, contention_prefill)",
     ]
 
 

@@ -82,11 +82,11 @@ def test_each_kind_of_file_refuses_the_others(ours, theirs):
     assert str(caught.value) == f"mine.json: kind must be '{ours}', not '{theirs}'"
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", True, None])
+@pytest.mark.parametrize("version", [0, 9, "1", True, None])
 @pytest.mark.parametrize("kind", READERS)
 def test_another_version_is_refused(kind, version):
     document = DOCUMENTS[kind] | {"version": version}
-    with pytest.raises(ConfigError, match=r"mine\.json: version must be 1, not"):
+    with pytest.raises(ConfigError, match=r"mine\.json: version must be \d, not"):
         READERS[kind](document, "mine.json")
 
 
