@@ -103,10 +103,11 @@ def make_planning(
     )
     kept = KeptForesight(foresight, file)
     pace = Pace(durations=kept, tbt_slo_ms=engine.tbt_slo_ms)
-    return Planning(_policy(engine, foresight, limits), pace, kept.close)
+    return Planning(make_policy(engine, foresight, limits), pace, kept.close)
 
 
-def _policy(engine: EngineConfig, foresight: Foresight, limits: SchedulerLimits) -> Policy:
+def make_policy(engine: EngineConfig, foresight: Foresight, limits: SchedulerLimits) -> Policy:
+    """The policy that --policy names; one that looks ahead does so by `foresight`."""
     if engine.policy not in _FORESEEING:
         return _plain(engine)
     sizes = Sizes(

@@ -43,6 +43,11 @@ class Foresight:
         self._beside = {split: ([decode[s]], [prefill[s]]) for s, split in enumerate(self.splits)}
 
     @property
+    def transfer_ms(self) -> float:
+        """Milliseconds that a token's keys and values take to another device; see `Roofline`."""
+        return self._roofline.transfer_ms
+
+    @property
     def is_trusted(self) -> bool:
         """Whether predictions have been near enough to what came; see `Calibration`."""
         return self.calibration.is_trusted

@@ -48,7 +48,8 @@ class Roofline:
 
     causal: a token attends to those before it alone, q (c + (q + 1) / 2) pairs in place of the
     paper's q (q + c). token_shares [L]: which share of a prompt's tokens each layer computes; the
-    last token passes through all of them. Default: all of them do.
+    last token passes through all of them. Default: all of them do. transfer_ms: that a token's keys
+    and values take over the interconnect.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Roofline:
         self._flops_per_pair, self._flops_per_last = share * per_pair, (1 - share) * per_pair
         self._bytes_per_query, self._bytes_of_last = share * per_query, (1 - share) * per_query
         self._bytes_per_key = 2 * model.num_kv_heads * of_layers
+        # Each of the devices that share a model sends its own part.
+        self.transfer_ms = 1e3 * self._bytes_per_key / hardware.interconnect_bytes_per_s
         # Of two rings in each layer. What crosses the interconnect counts as so many more bytes of
         # memory as take the same time; a share of the device that moves less waits longer for it.
         hops, exchanged = 2 * (model.shards - 1), 2 * model.num_layers

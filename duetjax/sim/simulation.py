@@ -21,8 +21,8 @@ from duetjax.sim.truth import Truth
 from duetjax.sim.workload import Arrival, prompt_of
 
 _GREEDY = SamplingParams(temperature=0.0, seed=0, ignore_eos=True)
-_LOOK_EVERY = 500
-"""Events between looks at whether there is any hope left."""
+_LOOK_EVERY = 100
+"""Events between looks at pages, and at whether there is any hope left."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,8 @@ class Timeline:
 class Result:
     """A simulation that has ended. is_whole: or was given up, as too many requests had failed.
 
-    seconds: from the beginning to the last token. events: arrivals and steps.
+    seconds: from the beginning to the last token. events: arrivals and steps. most_pages: KV pages
+    held at once, as far as was looked.
     """
 
     ledger: Ledger
@@ -49,6 +50,7 @@ class Result:
     timeline: Timeline
     seconds: float
     events: int
+    most_pages: int
     is_whole: bool
 
 
@@ -71,7 +73,13 @@ def simulate(
     run = _Run(scheduler, truth, workload, objectives, skips=skips and truth.is_foretold)
     is_whole = run.to_end(most_missed)
     return Result(
-        run.ledger, scheduler.stats(), run.timeline, run.clock.now(), run.events, is_whole
+        ledger=run.ledger,
+        stats=scheduler.stats(),
+        timeline=run.timeline,
+        seconds=run.clock.now(),
+        events=run.events,
+        most_pages=run.most_pages,
+        is_whole=is_whole,
     )
 
 
@@ -93,6 +101,7 @@ class _Run:
         self.ledger = Ledger(workload, objectives)
         self.timeline = Timeline()
         self.events = 0
+        self.most_pages = 0
         self._skips = skips
         self._coming = 0  # number of the next arrival
 
@@ -110,11 +119,17 @@ class _Run:
             self._finish()
             if self._skips:
                 self._skip()
-            if most_missed is None or self.events % _LOOK_EVERY:
-                continue
-            if np.count_nonzero(self.ledger.missed(self.clock.now())) > most_missed:
+            if self.events % _LOOK_EVERY == 0 and self._is_hopeless(most_missed):
                 return False
         return True
+
+    def _is_hopeless(self, most_missed: int | None) -> bool:
+        """Looks at pages as well."""
+        self.most_pages = max(self.most_pages, self.scheduler.stats().pages_held)
+        if most_missed is None:
+            return False
+        missed = int(np.count_nonzero(self.ledger.missed(self.clock.now())))
+        return missed > most_missed
 
     def _arrive(self, at: float) -> None:
         """All that come at the same time, then a plan."""

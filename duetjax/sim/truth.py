@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from duetjax.policy.durations import Step
 from duetjax.policy.foresight import Foresight
+from duetjax.policy.launch import Lane
 
 
 class Truth:
@@ -40,3 +41,18 @@ class Truth:
 
     def observe(self, step: Step, measured_ms: float) -> None:
         """It knows."""
+
+
+class Transfer(Truth):
+    """Where prefill and decode have a device each: what a prompt's tokens leave is sent.
+
+    A prefill launch ends when its keys and values have crossed the interconnect, which begins when
+    they have been computed.
+    """
+
+    def step_ms(self, step: Step) -> float:
+        """See `Durations`."""
+        ms = super().step_ms(step)
+        if step.lane is Lane.PREFILL:
+            ms += float(np.sum(step.new)) * self._foresight.transfer_ms
+        return ms
