@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil, log2
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from duetjax.policy.duet import Disaggregated
 from duetjax.policy.durations import Durations
 from duetjax.policy.flights import Pace
 from duetjax.policy.foresight import Foresight
+from duetjax.policy.launch import Program
 from duetjax.policy.policies import Policy
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 from duetjax.policy.scheduler import Scheduler
@@ -45,8 +47,6 @@ DISAGGREGATED = "disaggregated"
 POLICIES = (*PolicyName, DISAGGREGATED)
 TARGETS = (0.90, 0.99)
 """Shares of the requests that must keep both objectives, in a sweep."""
-_PRECISION = 0.02
-"""Of a rate found by bisection, relative."""
 _IDLE_SHARE = 0.3
 """Of the board's power, where it waits; assumed."""
 
@@ -143,44 +143,47 @@ def run_and_watch(
 
 
 def highest_rate(
-    setup: Setup, case: Case, target: float, *, first: float | None = None
-) -> tuple[float, Figures | None]:
-    """The highest rate [requests/s] at which `target` of the requests keep their objectives.
+    setup: Setup, case: Case, target: float, *, precision: float = 0.02, objective: int = 0
+) -> Figures | None:
+    """What came of the highest rate at which `target` of the requests keep their objectives.
 
-    By doubling or halving from `first` (or the trace's own rate) on, then bisection to 2 %; with
-    the figures there. 0 and None where a thousandth of the first rate is too much.
+    Rates are tried on a grid, each 1 + `precision` times the one before or a little less: the same
+    one for all policies. objective: index of the one for the time between tokens. None where a
+    thousandth of what the device's FLOP/s allow is too much. Few requests come to an end at any
+    rate: take some thousand.
     """
-    begin = first or mean_rate(_workload(setup))
-    best: Figures | None = None
+    steps = ceil(1 / log2(1 + precision))
+    unit = _compute_bound(setup, case)
 
-    def attains(rate: float) -> bool:
-        nonlocal best
-        figures = run(setup, replace(case, rate=rate), target=target)
-        is_met = figures.is_whole and figures.attained[0] >= target
-        if is_met:
-            best = figures
-        return is_met
+    def at(place: int) -> Figures:
+        return _cached(setup, replace(case, rate=unit * 2 ** (place / steps)), target)
 
-    low, high = bracket(attains, begin)
-    while high - low > _PRECISION * high:
-        middle = (low + high) / 2
+    def attains(place: int) -> bool:
+        figures = at(place)
+        return figures.is_whole and figures.attained[objective] >= target
+
+    place = last_that(attains, steps)
+    return None if place is None else at(place)
+
+
+def last_that(attains: Callable[[int], bool], steps: int) -> int | None:
+    """The last whole number that does, from one on that is near 0; what follows it does not.
+
+    Found by leaps of `steps` and then bisection. None where -10 steps do not; 20 are the most.
+    """
+    low = 0
+    if attains(0):
+        while low < 20 * steps and attains(low + steps):
+            low += steps
+    else:
+        while not attains(low := low - steps):
+            if low <= -10 * steps:
+                return None
+    high = low + steps
+    while high - low > 1:
+        middle = (low + high) // 2
         low, high = (middle, high) if attains(middle) else (low, middle)
-    return low, best
-
-
-def bracket(attains: Callable[[float], bool], begin: float) -> tuple[float, float]:
-    """A rate that attains, and a higher one that does not; (0, 0) where none is found to."""
-    low, high = 0.0, begin
-    if attains(begin):
-        while attains(2 * high):
-            high *= 2
-        return high, 2 * high
-    while not attains(high / 2):
-        high /= 2
-        if high < begin / 1000:
-            return 0.0, 0.0
-    low = high / 2
-    return low, high
+    return low
 
 
 def run_all[A, B](function: Callable[[A], B], cases: Sequence[A], jobs: int) -> Iterator[B]:
@@ -192,6 +195,23 @@ def run_all[A, B](function: Callable[[A], B], cases: Sequence[A], jobs: int) -> 
         yield from pool.map(function, cases)
 
 
+def _compute_bound(setup: Setup, case: Case) -> float:
+    """Requests/s that the products alone allow."""
+    device, workload = _device(setup, case), _workload(setup)
+    tokens = sum([each.prompt_tokens + each.output_tokens for each in workload]) / len(workload)
+    bucket, cost = max(
+        (bucket, cost)
+        for (kind, bucket), cost in device.model.costs.items()
+        if kind is Program.PREFILL
+    )
+    return device.hardware.curve[-1].flops_per_s / (cost.flops / bucket * tokens)
+
+
+def fits(setup: Setup, case: Case) -> None:
+    """Raises `ConfigError` where the model does not fit, or cannot be shared so."""
+    _device(setup, case)
+
+
 def mean_rate_of(setup: Setup) -> float:
     """Requests per second of the trace's window."""
     return mean_rate(_workload(setup))
@@ -200,21 +220,28 @@ def mean_rate_of(setup: Setup) -> float:
 # From flags to numbers and back.
 
 
+def read_gpu(named: str) -> HardwareProfile:
+    """What --gpu names: a shipped profile or a file."""
+    if named in shipped(Kind.HARDWARE):
+        return read_hardware_profile(shipped_file(Kind.HARDWARE, named))
+    if os.path.exists(named):
+        return read_hardware_profile(Path(named))
+    names = ", ".join(shipped(Kind.HARDWARE))
+    raise ConfigError(f"--gpu {named}: choose {names}, or give a hardware profile's file")
+
+
 def hardware_of(setup: Setup) -> HardwareProfile:
-    """What --gpu names: a shipped profile or a file; with the contention that was asked for."""
-    if setup.gpu in shipped(Kind.HARDWARE):
-        hardware = read_hardware_profile(shipped_file(Kind.HARDWARE, setup.gpu))
-    elif os.path.exists(setup.gpu):
-        hardware = read_hardware_profile(Path(setup.gpu))
-    else:
-        raise ConfigError(
-            f"--gpu {setup.gpu}: choose {', '.join(shipped(Kind.HARDWARE))}, or give a hardware"
-            " profile's file"
-        )
-    if setup.contention is not None:
-        decode, prefill = setup.contention
-        hardware = replace(hardware, contention_decode=decode, contention_prefill=prefill)
-    return hardware
+    """The GPU, with the contention that was asked for."""
+    hardware = read_gpu(setup.gpu)
+    if setup.contention is None:
+        return hardware
+    decode, prefill = setup.contention
+    return replace(hardware, contention_decode=decode, contention_prefill=prefill)
+
+
+@cache
+def _cached(setup: Setup, case: Case, target: float) -> Figures:
+    return run(setup, case, target=target)
 
 
 @cache
@@ -266,6 +293,11 @@ def _engine(setup: Setup, case: Case) -> EngineConfig:
 def _scheduler(setup: Setup, case: Case, device: SimulatedDevice) -> tuple[Scheduler, Truth]:
     """A new scheduler, and how long its launches will take."""
     engine = _engine(setup, case)
+    if case.policy == PolicyName.STATIC_SPLIT and sum(engine.split) > device.hardware.cores:
+        raise ConfigError(
+            f"--split {engine.split[0]}/{engine.split[1]}: {device.hardware.name} has"
+            f" {device.hardware.cores} cores"
+        )
     if case.policy == DISAGGREGATED:
         return _disaggregated(setup, engine, device)
     foresight = device.foresight()

@@ -110,7 +110,10 @@ class Foresight:
         return lambda s: steps_ms(launches, units[s], factor)
 
     def _raw_ms(self, step: Step) -> float:
-        rows = self._roofline.rows(step.new, step.cached)
+        if step.program is Program.DECODE:
+            rows = self._roofline.decoding(step.cached)
+        else:
+            rows = self._roofline.rows(step.new, step.cached)
         parts = self._roofline.parts(step.program, step.bucket, rows)
         if step.split is None or step.lane is Lane.WHOLE:
             return self._roofline.ms(parts, self._whole)

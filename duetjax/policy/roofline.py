@@ -146,8 +146,10 @@ class Roofline:
             )
         if not tokens:
             return NO_ROWS
-        q = np.broadcast_to(q, c.shape)
-        flops, moved = self._work(q[q > 0], c[q > 0])
+        if not (q.ndim and q.min()):
+            q = np.broadcast_to(q, c.shape)
+            q, c = q[q > 0], c[q > 0]
+        flops, moved = self._work(q, c)
         each = tuple(zip(flops.tolist(), moved.tolist(), strict=True)) if self._by_row else ()
         return Rows(tokens, float(flops.sum()), float(moved.sum()), each)
 
@@ -155,10 +157,9 @@ class Roofline:
         """Rows that compute one token each, after so many in the KV cache; not checked."""
         if self._by_row or not len(contexts):
             return self.rows(1, contexts)
-        # The same q for all makes a row's work linear in c: the sum is that of so many mean rows.
-        count = len(contexts)
-        flops, moved = self._work(1.0, float(np.add.reduce(contexts)) / count)
-        return Rows(count, count * flops, count * moved)
+        # What one token costs is linear in its context, so only their sum matters.
+        tokens = len(contexts)
+        return Rows(tokens, *self._decoding(tokens, tokens + float(np.add.reduce(contexts))))
 
     def prompts(self, prompts: Sequence[tuple[int, int]], most: int) -> "Prompts":
         """Prompts, given as (start, left), as far as the first `most` of their tokens go."""
@@ -223,12 +224,9 @@ class Roofline:
             rows = [self.rows(1, contexts + step) for step in range(count)]
             steps = [self.parts(Program.DECODE, bucket, each) for each in rows]
             return np.array([self.ms(parts, per_unit) for parts in steps])
-        # What one token costs is linear in its context, so only their sum matters.
         tokens, (per_flop, per_byte) = len(contexts), per_unit
         context = np.add.reduce(contexts) + tokens * (1.0 + np.arange(count))
-        flops = context * (self._flops_per_pair + self._flops_per_last)
-        moved = context * self._bytes_per_key
-        moved += tokens * (self._bytes_per_query + self._bytes_of_last)
+        flops, moved = self._decoding(tokens, context)
         [program, _] = self.parts(Program.DECODE, bucket, Rows(tokens, 0.0, 0.0))
         fixed = self._launch_ms + max(program[0] * per_flop, program[1] * per_byte)
         attention: Floats = np.maximum(flops * per_flop, moved * per_byte)
@@ -250,6 +248,12 @@ class Roofline:
             )
             for (f, b), (more_f, more_b) in steps
         ]
+
+    def _decoding[N: (float, Floats)](self, tokens: int, context: N) -> tuple[N, N]:
+        """`_work` of rows with one token each, all together. context: the sum, tokens included."""
+        flops = context * (self._flops_per_pair + self._flops_per_last)
+        moved = context * self._bytes_per_key
+        return flops, moved + tokens * (self._bytes_per_query + self._bytes_of_last)
 
     def _work[N: (float, Floats)](self, q: N, c: N) -> tuple[N, N]:
         """FLOPs and bytes of a row's attention over all layers, or of each row's.
