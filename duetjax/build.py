@@ -1,50 +1,22 @@
-"""Puts a serving engine together: model folder -> memory plan -> weights -> programs -> engine.
+"""Puts a serving engine together: model folder -> tokenizer -> engine, on a device or without one.
 
-The one place that knows every part; `cli` and `llm` build their engine here.
+The one place that knows every part; `cli` and `llm` build their engine here. Loads no jax unless a
+device is to compute something.
 """
 
 import logging
-import math
 import random
-import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Self
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
-
-from duetjax.checkpoint.dummy import dummy_weights
+from duetjax import build_sim
 from duetjax.checkpoint.generation import GenerationDefaults
-from duetjax.checkpoint.source import (
-    LoadFormat,
-    ModelSource,
-    SourceKind,
-    check_context,
-    resolve_model,
-)
-from duetjax.checkpoint.weights import read_weights
-from duetjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
-from duetjax.devices import Device, Parts, Ready, find_device
+from duetjax.checkpoint.source import LoadFormat, ModelSource, SourceKind, resolve_model
+from duetjax.config import ConfigError, DeviceName, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
-from duetjax.model.decoder import Definition
-from duetjax.planning import make_planning, read_profiles, wanted_splits
-from duetjax.policy.limits import SchedulerLimits, decode_buckets, prefill_buckets
-from duetjax.policy.memory import DeviceMemory, check_free, kv_bytes
 from duetjax.policy.request import NewRequest, new_requests
-from duetjax.policy.scheduler import Scheduler
-from duetjax.policy.shape_profile import shape_profile
-from duetjax.runtime import compilations
-from duetjax.runtime.compiler import Compiler
-from duetjax.runtime.measured_profile import measured_profile
-from duetjax.runtime.memory import MemoryPlan, plan_memory
-from duetjax.runtime.programs import Buckets, Leaves, Programs, Upkeep
-from duetjax.runtime.slot_state import SlotShapes
-from duetjax.runtime.store import ProgramStore, default_folder
 from duetjax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -65,7 +37,8 @@ class LoadedModel:
     """A model ready to serve; `engine` is built but not started.
 
     tokenizer is None for a preset named without --tokenizer. generation: what the model's makers
-    recommend where a request leaves a parameter out.
+    recommend where a request leaves a parameter out. compilations: how many programs XLA has
+    compiled in this process. notice: what is to be said of its answers; usually nothing.
     """
 
     name: str
@@ -75,6 +48,8 @@ class LoadedModel:
     max_model_len: int
     engine: EngineClient
     _seeds: random.Random = field(repr=False)
+    compilations: Callable[[], int] = field(default=lambda: 0, repr=False)
+    notice: str = ""
 
     def new_requests(
         self, request_id: str, prompt: tuple[int, ...], params: SamplingParams
@@ -100,9 +75,14 @@ def load(
 ) -> LoadedModel:
     """Loads weights and compiles every program, saying what it does; takes seconds to minutes.
 
+    With --device sim there is neither, and it takes a moment.
     Raises `DuetJAXError` with one line for whatever the caller can mend.
     """
-    source = resolve_model(request.model, load_format=request.load_format)
+    is_simulated = engine.device == DeviceName.SIM
+    load_format = request.load_format
+    if is_simulated and load_format == LoadFormat.AUTO:
+        load_format = LoadFormat.DUMMY  # no weights are looked for
+    source = resolve_model(request.model, load_format=load_format)
     _log.info(source.description)
     if source.generation.ignored:
         _log.warning(
@@ -112,140 +92,22 @@ def load(
     tokenizer = _tokenizer(source, request)
     if tokenizer is None and needs_tokenizer:
         raise ConfigError(f"model {source.name} has no tokenizer; name a folder with --tokenizer")
-    client, plan = build_engine(source, engine, load_format=request.load_format)
-    return LoadedModel(
+    loaded = partial(
+        LoadedModel,
         name=source.name,
         config=source.config,
         tokenizer=tokenizer,
         generation=source.generation,
-        max_model_len=plan.max_model_len,
-        engine=client,
         _seeds=random.Random(engine.seed),
     )
+    if is_simulated:
+        client, max_model_len, notice = build_sim.build_engine(source, tokenizer, engine)
+        return loaded(engine=client, max_model_len=max_model_len, notice=notice)
+    from duetjax.build_device import build_engine  # loads jax
+    from duetjax.runtime import compilations
 
-
-def build_engine(
-    source: ModelSource, engine: EngineConfig, *, load_format: str = "auto"
-) -> tuple[EngineClient, MemoryPlan]:
-    """An engine that has its weights and programs and waits for `start`.
-
-    In this order: plan memory, read profiles, load weights, compile (or find) every program,
-    allocate.
-    """
-    compilations.install()
-    device = find_device(engine)
-    programs, memory, plan = _plan(source.config, engine, device)
-    _log.info(
-        "max_model_len %d; %d KV pages of %d tokens",
-        plan.max_model_len,
-        plan.layout.num_pages,
-        plan.layout.page_size,
-    )
-    limits = _limits(engine, plan, programs.buckets)
-    size, buckets = np.dtype(jnp.dtype(programs.layout.dtype)).itemsize, programs.buckets
-    shapes = shape_profile(source.name, source.config, size, buckets, buckets.prefill_rows)
-    profiles = read_profiles(engine, shapes)
-    weights = _load_weights(source, programs, load_format, engine.seed)
-    ready = _compile(programs, device, memory, engine, programs.definition.ordered(weights))
-    with _GraphBar() as bar:
-        executor = device.run(ready, wanted_splits(engine, profiles), bar.show)
-    if profiles is not None and profiles.model is shapes:
-        profiles = replace(profiles, model=measured_profile(shapes, executor, profiles.hardware))
-    calibrations = default_folder().with_name("calibrations")
-    planning = make_planning(engine, profiles, limits, calibrations, device.splits)
-    client = EngineClient(
-        Scheduler(limits, planning.policy, planning.pace),
-        executor,
-        vocab_size=source.config.vocab_size,
-        on_close=planning.close,
-        rung=device.rung,
-    )
-    return client, plan
-
-
-def _plan(
-    config: ModelConfig, engine: EngineConfig, device: Device
-) -> tuple[Programs, DeviceMemory, MemoryPlan]:
-    """The programs to compile and the memory they will serve from, before any of it is taken."""
-    dtype = config.dtype if engine.dtype == "auto" else engine.dtype
-    itemsize = np.dtype(jnp.dtype(dtype)).itemsize
-    shapes = Definition(config, dtype).fusion.shapes.values()
-    memory = DeviceMemory(
-        total=device.memory,
-        weights=sum(math.prod(shape) for shape in shapes) * itemsize,
-        slots=0,
-        temporaries=0,
-    )
-    parts = device.parts(config, str(np.dtype(jnp.dtype(dtype))))
-    if engine.max_model_len is None and parts.usual_tokens is not None:
-        longest = min(parts.usual_tokens, config.max_position_embeddings)
-        _log.info("every row costs what the longest context does: --max-model-len %d", longest)
-        engine = replace(engine, max_model_len=longest)
-
-    def lay_out() -> tuple[Programs, MemoryPlan]:
-        plan = plan_memory(config, engine, dtype, kv_bytes(engine, memory, on_host=device.is_host))
-        plan = replace(plan, layout=replace(plan.layout, in_pool=parts.in_pool))
-        slots = SlotShapes(engine.max_num_seqs, plan.table_width, config.vocab_size)
-        buckets = _buckets(engine, plan, parts)
-        kernels, product = parts.kernels, parts.product
-        return Programs(config, plan.layout, slots, buckets, device.target, kernels, product), plan
-
-    programs, _ = lay_out()  # what slots and temporaries take depends on the longest context
-    lanes = 2 if parts.in_pool else 1  # each keeps counts and tables of its own
-    memory = replace(
-        memory,
-        slots=lanes * programs.slots.num_bytes,
-        temporaries=device.foreseen(programs),
-    )
-    programs, plan = lay_out()
-    check_context(config, plan.max_model_len)
-    pool = plan.layout.num_pages * plan.layout.page_bytes
-    check_free(engine, memory, pool, device.free)
-    return programs, memory, plan
-
-
-class _GraphBar:
-    """Shows how far the building of graphs is, where any are built."""
-
-    def __init__(self) -> None:
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def show(self, count: int, total: int) -> None:
-        """So many of them are built."""
-        if count == 1:
-            bar = tqdm(total=total, desc="graphs", unit="graph", disable=None)
-            self._bar = self._open.enter_context(bar)
-        self._bar.update()
-
-
-def _buckets(engine: EngineConfig, plan: MemoryPlan, parts: Parts) -> Buckets:
-    """Deterministic: the largest of each alone, as sums are ordered differently in each bucket."""
-    largest = min(engine.max_num_batched_tokens, engine.max_num_seqs * plan.max_model_len)
-    prefill = prefill_buckets(largest, parts.prefill_ratio)
-    decode = decode_buckets(engine.max_num_seqs, parts.fewest_rows)
-    if engine.deterministic:
-        decode, prefill = decode[-1:], prefill[-1:]
-    return Buckets(decode, prefill, engine.max_num_seqs)
-
-
-def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> SchedulerLimits:
-    return SchedulerLimits(
-        num_pages=plan.layout.num_pages,
-        page_size=plan.layout.page_size,
-        num_slots=engine.max_num_seqs,
-        max_model_len=plan.max_model_len,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        decode_buckets=shapes.decode,
-        prefill_buckets=shapes.prefill,
-        prefix_caching=engine.enable_prefix_caching,
-        deterministic=engine.deterministic,
-    )
+    client, plan = build_engine(source, engine, load_format=load_format)
+    return loaded(engine=client, max_model_len=plan.max_model_len, compilations=compilations.count)
 
 
 def _tokenizer(source: ModelSource, request: ModelRequest) -> Tokenizer | None:
@@ -257,54 +119,3 @@ def _tokenizer(source: ModelSource, request: ModelRequest) -> Tokenizer | None:
         assert source.kind is SourceKind.PRESET, f"{source.kind} without a folder"
         return None
     return Tokenizer.from_folder(folder, chat_template=request.chat_template)
-
-
-def _load_weights(
-    source: ModelSource, programs: Programs, load_format: str, seed: int
-) -> Mapping[str, jax.Array]:
-    """Every leaf on the device, fused and in the serving dtype."""
-    fusion, dtype = programs.definition.fusion, np.dtype(jnp.dtype(programs.layout.dtype))
-    if load_format == LoadFormat.DUMMY:
-        tensors = dummy_weights(fusion.shapes, dtype, seed)
-    else:
-        assert source.folder is not None, f"{source.name} has no weights to load"
-        tensors = read_weights(source.folder, fusion.shapes, dtype)
-    total = sum(math.prod(shape) for shape in fusion.shapes.values()) * dtype.itemsize
-    weights = {}
-    _log.info("loading weights: %.1f MB in %s", total / 1e6, dtype)
-    bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None)
-    with bar:
-        for name, leaf in fusion.fuse(tensors):
-            weights[name] = jax.device_put(leaf)
-            bar.update(leaf.nbytes)
-    return weights
-
-
-def _compile(
-    programs: Programs,
-    device: Device,
-    memory: DeviceMemory,
-    engine: EngineConfig,
-    weights: Leaves,
-) -> Ready:
-    """Every program's executable; refuses before anything is allocated if they need too much."""
-    started, count = time.perf_counter(), len(programs.buckets) + len(Upkeep)
-    compiler = Compiler(programs.target, ProgramStore(default_folder()))
-    executables, temporaries = {}, {}
-    _log.info("preparing %d programs", count)
-    with tqdm(total=count, desc="programs", unit="program", disable=None) as bar:
-        for key, program in compiler.compile(programs.lowered()):
-            executables[key] = program.executable
-            if isinstance(key, tuple):
-                temporaries[key] = program.facts.temp_bytes
-            bar.update()
-    _log.info(
-        "%d programs in %.1f s, %d of them compiled, the others from the store",
-        count,
-        time.perf_counter() - started,
-        compiler.num_compiled,
-    )
-    needed = replace(memory, temporaries=device.needed(temporaries))
-    pool = programs.layout.num_pages * programs.layout.page_bytes
-    kv_bytes(replace(engine, kv_cache_memory_bytes=pool), needed, on_host=device.is_host)
-    return Ready(programs, executables, temporaries, weights)

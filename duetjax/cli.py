@@ -1,7 +1,8 @@
-"""The `duetjax` command: generate, serve, convert, explain, compile, doctor."""
+"""The `duetjax` command: generate, serve, convert, explain, simulate, plan, compile, doctor."""
 
 import argparse
 import atexit
+import json
 import logging
 import os
 import sys
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_explain(commands)
     _add_compile(commands)
+    _add_simulate(commands)
+    _add_plan(commands)
 
     doctor = commands.add_parser("doctor", help="show what this installation can do")
     doctor.set_defaults(run=_doctor)
@@ -161,6 +164,91 @@ def _add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     compile_.set_defaults(run=_compile)
 
 
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    simulate = commands.add_parser(
+        "simulate", help="what a GPU would do under a load, policy by policy, without one"
+    )
+    _add_load_flags(simulate)
+    simulate.add_argument(
+        "--policy",
+        default="duet,aggregated-slo,aggregated",
+        metavar="A,B",
+        help=f"which to compare: {_POLICIES}, disaggregated; default: %(default)s",
+    )
+    simulate.add_argument(
+        "--rate", metavar="R,R", help="requests/s, one or several; default: the trace's own"
+    )
+    simulate.add_argument(
+        "--split",
+        type=_split,
+        help="static-split: DECODE/PREFILL cores; default: a quarter decodes",
+    )
+    simulate.add_argument("--look-ahead", type=int, default=16, help="decode steps of a launch")
+    simulate.add_argument(
+        "--sweep", action="store_true", help="also find the highest rate that keeps the objectives"
+    )
+    simulate.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as SVG")
+    simulate.set_defaults(run=_simulate)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser(
+        "plan", help="rank arrangements of several GPUs by what they would serve, simulated"
+    )
+    _add_load_flags(plan)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="how many there are")
+    plan.add_argument(
+        "--policy", default="duet,aggregated-slo", metavar="A,B", help="of replicas; %(default)s"
+    )
+    plan.add_argument(
+        "--attainment", type=float, default=0.9, help="share of requests to keep; default: 0.9"
+    )
+    plan.add_argument("--price", type=float, help="of a GPU for an hour")
+    plan.set_defaults(run=_plan, duration=240.0)
+
+
+def _add_load_flags(parser: argparse.ArgumentParser) -> None:
+    """What is simulated: fields of `SimulateRequest`."""
+    parser.add_argument("--model", required=True, help="preset name, folder or hub id")
+    parser.add_argument("--gpu", required=True, metavar="NAME|FILE", help="a hardware profile")
+    parser.add_argument(
+        "--trace",
+        default="azure-conversation",
+        metavar="FILE|NAME",
+        help="Azure's or BurstGPT's CSV, Mooncake's or plain JSONL; or a load to generate:"
+        " azure-code, azure-conversation, mooncake-conversation, fixed:1024x128",
+    )
+    parser.add_argument("--tbt-slo-ms", type=float, default=50.0, help="default: 50")
+    parser.add_argument("--ttft-slo-ms", type=float, default=1000.0, help="default: 1000")
+    parser.add_argument("--duration", type=float, metavar="S", help="only so much of the trace")
+    parser.add_argument("--start", type=float, default=0.0, metavar="S", help="from there on")
+    parser.add_argument("--seed", type=int, default=0, help="of generated loads and of noise")
+    parser.add_argument(
+        "--burstiness-cv", type=float, metavar="CV", help="of generated gaps; 1: Poisson, 0: even"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="deviation of durations, such as 0.1; default: 0"
+    )
+    parser.add_argument(
+        "--contention",
+        metavar="DECODE/PREFILL",
+        help="of lanes, in place of the profile's; 1/1: none",
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs a replica"
+    )
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--max-model-len", type=_max_model_len)
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
+
+
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     default = EngineConfig()
     group = parser.add_argument_group("model and engine")
@@ -209,7 +297,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hardware-profile",
         metavar="NAME|FILE",
-        help="foretell launches by it; aggregated-slo and duet need one",
+        help="foretell launches by it; aggregated-slo, duet and --device sim need one",
     )
     group.add_argument(
         "--model-profile",
@@ -231,6 +319,24 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kernels", default=default.kernels, help="attention on a GPU: auto, mosaic, triton or xla"
     )
+    group.add_argument(
+        "--device",
+        default=default.device,
+        help="auto: what is there; sim: none, tokens are invented and take a profile's time",
+    )
+    group.add_argument(
+        "--sim-noise",
+        type=float,
+        default=default.sim_noise,
+        metavar="SIGMA",
+        help="sim: how uneven steps are, from 0 to 1 (standard deviation of the logarithm)",
+    )
+    group.add_argument(
+        "--sim-step-ms",
+        type=_step_ms,
+        metavar="DECODE/PREFILL",
+        help="sim: milliseconds of each decode step and prefill launch, in place of a profile's",
+    )
 
 
 def _max_model_len(text: str) -> int | None:
@@ -240,6 +346,14 @@ def _max_model_len(text: str) -> int | None:
 def _split(text: str) -> tuple[int, int]:
     decode, prefill = text.split("/")
     return int(decode), int(prefill)
+
+
+def _step_ms(text: str) -> tuple[float, float]:
+    try:
+        decode, prefill = text.split("/")
+        return float(decode), float(prefill)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give milliseconds as in 10/40") from None
 
 
 def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -344,8 +458,9 @@ def _serve(args: argparse.Namespace) -> int:
             watchdog_s=args.watchdog_s,
         )
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
+        notice = f" ({model.notice})" if model.notice else ""
         with _shutting_down(model.engine):
-            server.run(lambda line: print(line, flush=True))
+            server.run(lambda line: print(line + notice, flush=True))
     return 0
 
 
@@ -377,7 +492,6 @@ def _exit_at_once(code: int) -> None:
 
 def _service(model: "LoadedModel", names: Iterable[str]) -> "Service":
     """The endpoint's view of a model that was loaded with its tokenizer."""
-    from duetjax.runtime import compilations
     from duetjax.serve.context import Service
 
     assert model.tokenizer is not None, f"{model.name} without a tokenizer"
@@ -390,7 +504,7 @@ def _service(model: "LoadedModel", names: Iterable[str]) -> "Service":
         vocab_size=model.config.vocab_size,
         eos_token_ids=model.generation.eos_token_ids,
         defaults=model.generation.sampling,
-        compilations=compilations.count,
+        compilations=model.compilations,
     )
 
 
@@ -418,13 +532,55 @@ def _explain(args: argparse.Namespace) -> int:
     from duetjax.explain import ExplainRequest, explain, lines
     from duetjax.picture import draw
 
-    asked = {field.name: getattr(args, field.name) for field in fields(ExplainRequest)}
-    explanation = explain(ExplainRequest(**asked))
+    explanation = explain(_fields_of(ExplainRequest, args))
     for line in lines(explanation):
         print(line)
     if args.picture is not None:
         draw(explanation, args.picture)
     return 0
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from duetjax import simulate_report as command
+
+    report = command.simulate(_fields_of(command.SimulateRequest, args))
+    for line in command.lines(report):
+        print(line)
+    if args.plot is not None:
+        _write_picture(args.plot, command.draw(report))
+    print(json.dumps(command.document(report)))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from duetjax import arrangements as command
+    from duetjax.simulate_report import SimulateRequest
+
+    request = command.PlanRequest(
+        load=_fields_of(SimulateRequest, args),
+        gpus=args.gpus,
+        policies=tuple(args.policy.split(",")),
+        attainment=args.attainment,
+        price=args.price,
+    )
+    ranked = command.plan(request)
+    for line in command.lines(request, ranked):
+        print(line)
+    print(json.dumps(command.document(request, ranked)))
+    return 0
+
+
+def _fields_of[R](kind: type[R], args: argparse.Namespace) -> R:
+    """A request from the flags called like its fields; the others keep their defaults."""
+    names = [each.name for each in fields(kind) if hasattr(args, each.name)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names})
+
+
+def _write_picture(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--plot {file}: {error.strerror}; name another file") from error
 
 
 def _compile(args: argparse.Namespace) -> int:

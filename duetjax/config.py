@@ -322,6 +322,13 @@ class Backend(StrEnum):
     JAX = "jax"
 
 
+class DeviceName(StrEnum):
+    """What an engine runs on: the GPU or processor that is there, or one made of numbers."""
+
+    AUTO = "auto"
+    SIM = "sim"
+
+
 _DETERMINISTIC = (PolicyName.AGGREGATED, PolicyName.PREFILL_FIRST)
 _INTEGERS = (  # fields of EngineConfig
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
@@ -348,7 +355,10 @@ class EngineConfig:
     shipped one of the model's name, and without one programs are timed at start. backend: what
     runs launches, see `Backend`. kernels: what attends to KV pages on a GPU, "mosaic", "triton",
     "xla", or "auto", the fastest that can run. watchdog_s: seconds without a step after which the
-    engine counts as hanging and ends; 0: never.
+    engine counts as hanging and ends; 0: never. device: "sim" computes nothing, see `DeviceName`;
+    launches then take the time that hardware_profile foretells, or sim_step_ms, milliseconds of
+    every decode step and of every prefill launch. sim_noise: standard deviation of the logarithm
+    of what the steps of each launch are multiplied by.
     """
 
     max_model_len: int | None = None
@@ -370,6 +380,9 @@ class EngineConfig:
     backend: str = Backend.AUTO
     kernels: str = "auto"
     watchdog_s: float = 60.0
+    device: str = DeviceName.AUTO
+    sim_noise: float = 0.0
+    sim_step_ms: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -415,6 +428,24 @@ class EngineConfig:
             raise ConfigError(f"--max-model-len {self.max_model_len} must be at least 2")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed {self.seed} must be from 0 to 2^32 - 1")
+        self._check_device()
+
+    def _check_device(self) -> None:
+        if self.device not in list(DeviceName):
+            raise ConfigError(f"--device {self.device}: choose {' or '.join(DeviceName)}")
+        if not _is_number(self.sim_noise, 0, 1):
+            raise ConfigError(f"--sim-noise {self.sim_noise} must be a number from 0 to 1")
+        steps = self.sim_step_ms
+        if steps is not None and not _are_times(steps):
+            raise ConfigError(
+                f"--sim-step-ms {steps}: give milliseconds from 0.001 to 10^6 of a decode step and"
+                " of a prefill launch, as in 10/40"
+            )
+        if self.device == DeviceName.SIM:
+            if self.backend != Backend.AUTO:
+                raise ConfigError(f"--backend {self.backend}: --device sim has none; leave it out")
+        elif self.sim_noise or steps is not None:
+            raise ConfigError("--sim-noise and --sim-step-ms are for --device sim; add it")
 
 
 MAX_LOOK_AHEAD = 64  # a stop string or an abort wastes at most this many steps
@@ -575,6 +606,11 @@ def _is_integer(value: object, low: int, high: int) -> bool:
 
 def _is_number(value: object, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= cast(float, value) <= high  # so not NaN
+
+
+def _are_times(value: object) -> bool:
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return is_pair and all(_is_number(each, 1e-3, 1e6) for each in cast(tuple[object, ...], value))
 
 
 def _check(ok: bool, param: str, wanted: str, value: object) -> None:

@@ -1,13 +1,12 @@
 """What an engine plans by: the policy that --policy names, and who foretells its launches."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from duetjax.calibration_file import CalibrationFile, KeptForesight
-from duetjax.config import ConfigError, EngineConfig, PolicyName
+from duetjax.config import ConfigError, DeviceName, EngineConfig, PolicyName
 from duetjax.policy.duet import AggregatedSlo, DuetPolicy, Sizes
 from duetjax.policy.flights import Pace
 from duetjax.policy.foresight import Foresight
@@ -17,7 +16,7 @@ from duetjax.policy.policies import Aggregated, Policy, PrefillFirst, StaticSpli
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 from duetjax.profile_files import (
     Kind,
-    read_hardware_profile,
+    find_hardware,
     read_model_profile,
     shipped,
     shipped_file,
@@ -55,20 +54,29 @@ def read_profiles(engine: EngineConfig, shapes: ModelProfile) -> Profiles | None
     shapes: of the served model; where no better profile is there it is the result's, for whoever
     can do better. Raises `ConfigError` with one line that says what to give.
     """
+    hardware = read_hardware(engine)
+    return None if hardware is None else Profiles(_best_profile(engine, shapes), hardware)
+
+
+def read_hardware(engine: EngineConfig) -> HardwareProfile | None:
+    """The profile that --hardware-profile names; None where nothing is to be foretold.
+
+    Raises `ConfigError` if there must be one, or if it is not one.
+    """
     if engine.hardware_profile is None:
-        if engine.policy in _FORESEEING:
+        if (reason := _needs_hardware(engine)) is not None:
             raise ConfigError(
-                f"--policy {engine.policy} foretells launches; give --hardware-profile"
-                f" ({', '.join(shipped(Kind.HARDWARE))}, or a file)"
+                f"{reason}; give --hardware-profile ({', '.join(shipped(Kind.HARDWARE))}, or a"
+                " file)"
             )
         return None
-    hardware = _hardware(engine.hardware_profile)
+    hardware = find_hardware(engine.hardware_profile, "--hardware-profile")
     if engine.policy == PolicyName.STATIC_SPLIT and sum(engine.split) > hardware.cores:
         raise ConfigError(
             f"--split {engine.split[0]}/{engine.split[1]} needs more cores than the"
             f" {hardware.cores} of --hardware-profile {hardware.name}"
         )
-    return Profiles(_best_profile(engine, shapes), hardware)
+    return hardware
 
 
 def wanted_splits(engine: EngineConfig, profiles: Profiles | None) -> tuple[Split, ...]:
@@ -85,22 +93,26 @@ def make_planning(
     engine: EngineConfig,
     profiles: Profiles | None,
     limits: SchedulerLimits,
-    calibrations: Path,
+    calibrations: Path | None,
     splits: tuple[Split, ...] | None = None,
 ) -> Planning:
     """The policy and, with profiles, predictions as far as they have been learned.
 
-    calibrations: the folder where what launches teach is kept. splits: those that launches can
-    run on; None: all of the hardware profile's.
+    calibrations: the folder where what launches teach is kept; None: it is forgotten. splits:
+    those that launches can run on; None: all of the hardware profile's.
     """
     if profiles is None:
         return Planning(_plain(engine), Pace(tbt_slo_ms=engine.tbt_slo_ms), lambda: None)
     model, hardware = profiles.model, profiles.hardware
-    file = CalibrationFile(calibrations, model.model, hardware.name)
-    foresight = Foresight(model, hardware, calibration=file.read(), splits=splits)
     _log.info(
         "launches are foretold: %s (%s) on %s", model.model, model.compiled_for, hardware.name
     )
+    if calibrations is None:
+        foresight = Foresight(model, hardware, splits=splits)
+        pace = Pace(durations=foresight, tbt_slo_ms=engine.tbt_slo_ms)
+        return Planning(make_policy(engine, foresight, limits), pace, lambda: None)
+    file = CalibrationFile(calibrations, model.model, hardware.name)
+    foresight = Foresight(model, hardware, calibration=file.read(), splits=splits)
     kept = KeptForesight(foresight, file)
     pace = Pace(durations=kept, tbt_slo_ms=engine.tbt_slo_ms)
     return Planning(make_policy(engine, foresight, limits), pace, kept.close)
@@ -131,16 +143,13 @@ def _plain(engine: EngineConfig) -> Policy:
     return Aggregated(budget)
 
 
-def _hardware(named: str | Path) -> HardwareProfile:
-    """A shipped profile by its name, any other by its file."""
-    if named in shipped(Kind.HARDWARE):
-        return read_hardware_profile(shipped_file(Kind.HARDWARE, str(named)))
-    if not os.path.exists(named):  # unlike Path's, it raises for no name
-        raise ConfigError(
-            f"--hardware-profile {named}: neither a file nor one of"
-            f" {', '.join(shipped(Kind.HARDWARE))}"
-        )
-    return read_hardware_profile(Path(named))
+def _needs_hardware(engine: EngineConfig) -> str | None:
+    """Why there must be a hardware profile; None where it may be left out."""
+    if engine.policy in _FORESEEING:
+        return f"--policy {engine.policy} foretells launches"
+    if engine.device == DeviceName.SIM and engine.sim_step_ms is None:
+        return "--device sim must know how long launches take"
+    return None
 
 
 def _best_profile(engine: EngineConfig, shapes: ModelProfile) -> ModelProfile:

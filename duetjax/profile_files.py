@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -37,6 +38,16 @@ def read_model_profile(file: Path) -> ModelProfile:
 def read_hardware_profile(file: Path) -> HardwareProfile:
     """Raises `ConfigError` with one line for a file that is no hardware profile."""
     return _read(HardwareProfile.from_json, file)
+
+
+def find_hardware(named: str | Path, flag: str) -> HardwareProfile:
+    """A shipped profile by its name, any other by its file; `ConfigError` names the flag."""
+    names = shipped(Kind.HARDWARE)
+    if named in names:
+        return read_hardware_profile(shipped_file(Kind.HARDWARE, str(named)))
+    if not os.path.exists(named):  # unlike Path's, it raises for no name
+        raise ConfigError(f"{flag} {named}: neither a file nor one of {', '.join(names)}")
+    return read_hardware_profile(Path(named))
 
 
 def _folder(kind: Kind) -> Path:

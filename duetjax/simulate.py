@@ -4,14 +4,12 @@ The server's own scheduler in virtual time, launches lasting as long as profiles
 no weights, no jax. All of it is simulation, and says so.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, log2
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from duetjax.policy.profiles import HardwareProfile, ModelProfile
 from duetjax.policy.scheduler import Scheduler
 from duetjax.profile_files import (
     Kind,
-    read_hardware_profile,
+    find_hardware,
     read_model_profile,
     shipped,
     shipped_file,
@@ -220,19 +218,9 @@ def mean_rate_of(setup: Setup) -> float:
 # From flags to numbers and back.
 
 
-def read_gpu(named: str) -> HardwareProfile:
-    """What --gpu names: a shipped profile or a file."""
-    if named in shipped(Kind.HARDWARE):
-        return read_hardware_profile(shipped_file(Kind.HARDWARE, named))
-    if os.path.exists(named):
-        return read_hardware_profile(Path(named))
-    names = ", ".join(shipped(Kind.HARDWARE))
-    raise ConfigError(f"--gpu {named}: choose {names}, or give a hardware profile's file")
-
-
 def hardware_of(setup: Setup) -> HardwareProfile:
     """The GPU, with the contention that was asked for."""
-    hardware = read_gpu(setup.gpu)
+    hardware = find_hardware(setup.gpu, "--gpu")
     if setup.contention is None:
         return hardware
     decode, prefill = setup.contention

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
-from numpy.typing import NDArray
 
 from duetjax.config import InvalidRequest
 from duetjax.policy.columns import Batch, Chunk
@@ -30,11 +29,10 @@ _AGGREGATED = Aggregate(0).why
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Steady:
-    """A launch that repeats itself `most` times or more. ids, ends: of its rows, `Columns.end`."""
+    """A launch that repeats itself `most` times or more. ids: of its rows."""
 
     launch: Launch
     ids: tuple[str, ...]
-    ends: NDArray[np.int64]
     most: int
 
 
@@ -59,8 +57,8 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self._policy = policy or Aggregated(limits.max_num_batched_tokens)
-        self._pace = pace or Pace()
-        self._flights = Flights(limits, self._pace.durations)
+        self.pace = pace or Pace()
+        self._flights = Flights(limits, self.pace.durations)
         self._roster = Roster(limits, self._flights)
         self._results = Results(self._roster)
         self._sequence = count()
@@ -68,6 +66,12 @@ class Scheduler:
         self._decisions: Counter[str] = Counter()
         self._steps = 0
         self._busy_since = self._busy_seconds = 0.0
+
+    @property
+    def num_pages_held(self) -> int:
+        """KV pages of running requests."""
+        pool = self._roster.pool
+        return pool.num_usable - pool.num_available - pool.num_quarantined
 
     @property
     def has_work(self) -> bool:
@@ -100,7 +104,7 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """Gauges now and counters since the start."""
-        roster, results, durations = self._roster, self._results, self._pace.durations
+        roster, results, durations = self._roster, self._results, self.pace.durations
         return Stats(
             running=roster.num_running,
             waiting=len(roster.queue),
@@ -234,11 +238,11 @@ class Scheduler:
     def _tightest_slo_ms(self) -> float:
         """Of what decodes."""
         own, rows = self._roster.decoding.batch().slos, len(self._roster.decoding)
-        return min(own) if rows and len(own) == rows else min((*own, self._pace.tbt_slo_ms))
+        return min(own) if rows and len(own) == rows else min((*own, self.pace.tbt_slo_ms))
 
     def _longest_prefill(self, duet: Duet) -> int:
         """Tokens that a prefill launch beside decode may take: a bucket of those short enough."""
-        buckets, pace = self.limits.prefill_buckets, self._pace
+        buckets, pace = self.limits.prefill_buckets, self.pace
         if pace.durations is None:
             return buckets[-1]
         longest_ms = pace.max_prefill_launch_ms
@@ -301,12 +305,12 @@ class Scheduler:
         if not batch or any(others) or roster.starved or roster.pool.is_draining:
             return None
         launch = flights.repeated(batch)
-        if launch is None:
+        if launch is None or any(request.num_muted for request in batch.requests):
             return None
         most = roster.steps_to_spare()
         if most < 1:
             return None
-        return Steady(launch, batch.ids, roster.columns.end[batch.slots], most)
+        return Steady(launch, batch.ids, most)
 
     def skip(self, count: int, now: float) -> None:
         """`commit` and `plan` for `count` launches that are `steady`, the last ended by now.

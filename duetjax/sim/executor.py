@@ -144,8 +144,8 @@ class SimulatedExecutor:
                 self._slots.apply_deltas(earlier)
                 self._launches[ticket] = replace(earlier, admitted=(), limits=())
             self._clock.wait(self._changed, ends.item(count - 1))
-        self._fed.skip(steady, count)
-        self._slots.skip(steady, count)
+        fed = self._fed.skip(launch, count)
+        self._slots.skip(launch, count, fed)
         return ends[:count]
 
     def close(self) -> None:
@@ -216,11 +216,11 @@ class _Fed:
         """What another decode launch with the same rows would compute."""
         return self._step(launch, 1, self._position[self._index.of(launch.slots)])
 
-    def skip(self, steady: Steady, count: int) -> None:
-        """So many more steps of its rows."""
-        slots = self._index.of(steady.launch.slots)
+    def skip(self, launch: Launch, count: int) -> Columns:
+        """So many more steps of a launch's rows; how far they are then."""
+        slots = self._index.of(launch.slots)
         self._position[slots] += count
-        self._limit[slots] = steady.ends
+        return self._position[slots]
 
     def _step(self, launch: Launch, new: Columns | int, before: Columns) -> Step:
         return Step(launch.lane, launch.split, launch.program, launch.bucket, new, before)
@@ -279,11 +279,14 @@ class _Slots:
         for slot, limit in launch.limits:
             self._limit[slot] = limit
 
-    def skip(self, steady: Steady, count: int) -> None:
-        """So many more steps of its rows."""
-        slots = self._index.of(steady.launch.slots)
+    def skip(self, launch: Launch, count: int, limits: Columns) -> None:
+        """So many more steps of a launch's rows, which may go as far as `limits`, or further.
+
+        Where they have got new pages meanwhile, a later launch tells.
+        """
+        slots = self._index.of(launch.slots)
         self._position[slots] += count
-        self._limit[slots] = steady.ends
+        self._limit[slots] = np.maximum(self._limit[slots], limits)
 
     def _sample(self, sampler: Sampler, slot: int) -> tuple[int, int]:
         """The token that will stand at the slot's position, and whether it stops the row."""

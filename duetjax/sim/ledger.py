@@ -1,7 +1,7 @@
 """What became of every request of a simulation, token by token, and what that amounts to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,7 @@ class Ledger:
         size = len(workload)
         self.objectives = objectives
         self.workload = workload
+        self._due = np.array([arrival.output_tokens for arrival in workload], np.int64)
         self.arrived = np.array([arrival.at for arrival in workload], np.float64)
         self.first, self.last = np.full(size, np.nan), np.full(size, np.nan)
         self.tokens = np.zeros(size, np.int64)
@@ -138,9 +139,8 @@ class Ledger:
 
         Late by more gaps than all their tokens allow, or without a first token for too long.
         """
-        due = np.array([arrival.output_tokens for arrival in self.workload]) - 1
         loosest = int(np.argmax(self._slos))
-        late: Flags = self._late[loosest] > np.floor(LATE_SHARE * due)
+        late: Flags = self._late[loosest] > np.floor(LATE_SHARE * (self._due - 1))
         waited = np.where(np.isnan(self.first), now, self.first) - self.arrived
         return late | (1e3 * waited > self._most_ttft_ms)
 
@@ -154,7 +154,9 @@ class Ledger:
         """Time between tokens, over all of them."""
         if not self._gaps:
             return Percentiles.of(np.zeros(0))
-        return Percentiles.of(1e3 * np.concatenate(self._gaps), np.concatenate(self._counts))
+        gaps, counts = np.concatenate(self._gaps), np.concatenate(self._counts)
+        mean_ms = 1e3 * float(np.nansum(self.last - self.first) / counts.sum())
+        return replace(Percentiles.of(1e3 * gaps, counts), mean=mean_ms)
 
     @property
     def tpot_ms(self) -> Floats:

@@ -6,6 +6,7 @@ go by ticket. The same arguments give the same result, bit for bit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from duetjax.sim.workload import Arrival, prompt_of
 
 _GREEDY = SamplingParams(temperature=0.0, seed=0, ignore_eos=True)
 _LOOK_EVERY = 100
-"""Events between looks at pages, and at whether there is any hope left."""
+"""Events between looks at whether there is any hope left."""
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Result:
     """A simulation that has ended. is_whole: or was given up, as too many requests had failed.
 
     seconds: from the beginning to the last token. events: arrivals and steps. most_pages: KV pages
-    held at once, as far as was looked.
+    held at once.
     """
 
     ledger: Ledger
@@ -70,7 +71,8 @@ def simulate(
     the same again and again are taken at once where nothing is learned from them, which changes
     nothing but their tickets.
     """
-    run = _Run(scheduler, truth, workload, objectives, skips=skips and truth.is_foretold)
+    skips = skips and truth.is_foretold and scheduler.pace.durations in (None, truth)
+    run = _Run(scheduler, truth, workload, objectives, skips=skips)
     is_whole = run.to_end(most_missed)
     return Result(
         ledger=run.ledger,
@@ -109,27 +111,24 @@ class _Run:
         """Whether everybody came to an end."""
         scheduler, executor, workload = self.scheduler, self.executor, self.workload
         while self._coming < len(workload) or scheduler.has_work or scheduler.num_in_flight:
-            self.events += 1
-            next_end = executor.next_end
-            if self._coming < len(workload):
-                at = workload[self._coming].at
-                if next_end is None or at <= next_end:
-                    self._arrive(at)
-                    continue
-            self._finish()
-            if self._skips:
-                self._skip()
             if self.events % _LOOK_EVERY == 0 and self._is_hopeless(most_missed):
                 return False
+            self.events += 1
+            self.most_pages = max(self.most_pages, scheduler.num_pages_held)
+            next_end = executor.next_end
+            at = workload[self._coming].at if self._coming < len(workload) else inf
+            if next_end is None or at <= next_end:
+                self._arrive(at)
+            else:
+                self._finish()
+                if self._skips:
+                    self._skip()
         return True
 
     def _is_hopeless(self, most_missed: int | None) -> bool:
-        """Looks at pages as well."""
-        self.most_pages = max(self.most_pages, self.scheduler.stats().pages_held)
         if most_missed is None:
             return False
-        missed = int(np.count_nonzero(self.ledger.missed(self.clock.now())))
-        return missed > most_missed
+        return int(np.count_nonzero(self.ledger.missed(self.clock.now()))) > most_missed
 
     def _arrive(self, at: float) -> None:
         """All that come at the same time, then a plan."""
@@ -171,9 +170,8 @@ class _Run:
         steady = self.scheduler.steady()
         if steady is None:
             return
-        until = float("inf")
-        if self._coming < len(self.workload):
-            until = self.workload[self._coming].at
+        is_last = self._coming == len(self.workload)
+        until = inf if is_last else self.workload[self._coming].at
         ends = self.executor.skip(steady, until, self.truth.steps_ms)
         if len(ends):
             self.scheduler.skip(len(ends), ends.item(-1))

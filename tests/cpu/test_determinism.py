@@ -12,7 +12,7 @@ import pytest
 from compare import assert_same_generations
 from golden import tiny
 
-from duetjax.build import build_engine
+from duetjax.build_device import build_engine
 from duetjax.checkpoint.source import resolve_model
 from duetjax.config import EngineConfig, SamplingParams
 from duetjax.model.kv_pages import KVLayout

@@ -7,7 +7,7 @@ import pytest
 from golden import tiny
 
 from duetjax import devices
-from duetjax.build import _plan
+from duetjax.build_device import _plan
 from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, PolicyName
 from duetjax.devices import Gpu, Ready, find_device
 from duetjax.planning import Profiles, wanted_splits

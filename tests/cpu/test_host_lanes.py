@@ -23,7 +23,7 @@ from lane_programs import (
     prompt_launch,
 )
 
-from duetjax.build import _plan
+from duetjax.build_device import _plan
 from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.devices import find_device
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, SlotParams, Split, pack

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from duetjax import build, devices
+from duetjax import build_device, devices
 from duetjax.checkpoint.source import resolve_model
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
 from duetjax.host import free_host_memory, host_memory
@@ -114,7 +114,7 @@ def test_another_process_that_holds_memory_at_start_is_an_error_that_names_the_f
 def test_an_engine_is_not_built_where_others_hold_the_memory(monkeypatch):
     monkeypatch.setattr(devices, "free_host_memory", lambda: 2**20)
     with pytest.raises(ConfigError, match="another process"):
-        build.build_engine(resolve_model(None), EngineConfig())
+        build_device.build_engine(resolve_model(None), EngineConfig())
 
 
 def test_some_of_this_machine_s_memory_is_free():

@@ -13,7 +13,7 @@ from golden import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duetjax.build import _plan
+from duetjax.build_device import _plan
 from duetjax.config import Backend, EngineConfig, ModelConfig
 from duetjax.devices import find_device
 from duetjax.model import layers

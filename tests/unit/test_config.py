@@ -263,3 +263,33 @@ def test_settings_of_what_looks_ahead_are_refused_by_name(settings, named):
     with pytest.raises(ConfigError, match=named) as caught:
         EngineConfig(**settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"device": "gpu"}, "--device gpu: choose auto or sim"),
+        ({"device": "sim", "sim_noise": -0.1}, "--sim-noise"),
+        ({"device": "sim", "sim_noise": 1.1}, "--sim-noise"),
+        ({"device": "sim", "sim_noise": float("nan")}, "--sim-noise"),
+        ({"device": "sim", "sim_noise": "0.1"}, "--sim-noise"),
+        ({"device": "sim", "sim_step_ms": (10.0, 0.0)}, "--sim-step-ms"),
+        ({"device": "sim", "sim_step_ms": (10.0, float("nan"))}, "--sim-step-ms"),
+        ({"device": "sim", "sim_step_ms": (10.0,)}, "--sim-step-ms"),
+        ({"device": "sim", "sim_step_ms": [10.0, 40.0]}, "--sim-step-ms"),
+        ({"device": "sim", "sim_step_ms": "10/40"}, "--sim-step-ms"),
+        ({"device": "sim", "backend": "lanes"}, "--backend lanes"),
+        ({"sim_noise": 0.1}, "--device sim"),
+        ({"sim_step_ms": (10, 40)}, "--device sim"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_simulated_device_are_refused_by_name(settings, named):
+    with pytest.raises(ConfigError, match=named) as caught:
+        EngineConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_ends_of_what_a_simulated_device_takes_are_in_it():
+    low = EngineConfig(device="sim", sim_noise=0, sim_step_ms=(0.001, 0.001))
+    assert low != EngineConfig(device="sim", sim_noise=1.0, sim_step_ms=(1e6, 1_000_000))

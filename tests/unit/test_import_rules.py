@@ -70,6 +70,18 @@ RULES = {
     "duetjax.watchdog": Rule(ours=("duetjax.config", "duetjax.policy.launch"), never=CLOCKS),
     "duetjax.build": Rule(
         ours=(
+            "duetjax.build_device",
+            "duetjax.build_sim",
+            "duetjax.checkpoint",
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.policy.request",
+            "duetjax.runtime.compilations",
+            "duetjax.text",
+        )
+    ),
+    "duetjax.build_device": Rule(
+        ours=(
             "duetjax.checkpoint",
             "duetjax.config",
             "duetjax.devices",
@@ -78,9 +90,19 @@ RULES = {
             "duetjax.planning",
             "duetjax.policy",
             "duetjax.runtime",
-            "duetjax.text",
         ),
         theirs=("jax", "numpy", "tqdm"),
+    ),
+    "duetjax.build_sim": Rule(
+        ours=(
+            "duetjax.checkpoint",
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.planning",
+            "duetjax.policy",
+            "duetjax.sim",
+            "duetjax.text",
+        )
     ),
     "duetjax.devices": Rule(
         ours=(
@@ -93,6 +115,32 @@ RULES = {
             "pallas_kernels",
         ),
         theirs=("jax",),
+    ),
+    "duetjax.chart": Rule(),
+    "duetjax.simulate": Rule(
+        ours=(
+            "duetjax.checkpoint.source",
+            "duetjax.config",
+            "duetjax.planning",
+            "duetjax.policy",
+            "duetjax.profile_files",
+            "duetjax.sim",
+        ),
+        theirs=("numpy",),
+    ),
+    "duetjax.simulate_report": Rule(
+        ours=(
+            "duetjax.chart",
+            "duetjax.config",
+            "duetjax.policy.profiles",
+            "duetjax.profile_files",
+            "duetjax.sim",
+            "duetjax.simulate",
+        ),
+        theirs=("tqdm",),
+    ),
+    "duetjax.arrangements": Rule(
+        ours=("duetjax.config", "duetjax.simulate", "duetjax.simulate_report")
     ),
     "duetjax.profile_files": Rule(ours=("duetjax.config", "duetjax.policy.profiles")),
     "duetjax.calibration_file": Rule(
@@ -337,7 +385,9 @@ def test_importing_the_package_loads_no_framework(statement: str) -> None:
     assert loaded_by(statement, HEAVY) == set()
 
 
-@pytest.mark.parametrize("unit", ["config", "policy", "text", "engine", "planning"])
+@pytest.mark.parametrize(
+    "unit", ["config", "policy", "text", "engine", "planning", "sim", "build", "build_sim", "llm"]
+)
 def test_importing_all_of_a_light_unit_loads_neither_jax_nor_starlette(unit: str) -> None:
     names = [name for name in TREE if inside(name, f"duetjax.{unit}")]
     assert names
