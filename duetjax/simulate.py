@@ -147,8 +147,8 @@ def highest_rate(
 
     Rates are tried on a grid, each 1 + `precision` times the one before or a little less: the same
     one for all policies. objective: index of the one for the time between tokens. None where a
-    thousandth of what the device's FLOP/s allow is too much. Few requests come to an end at any
-    rate: take some thousand.
+    64th of what the device's FLOP/s allow is too much. Few requests come to an end at any rate:
+    take some thousand.
     """
     steps = ceil(1 / log2(1 + precision))
     unit = _compute_bound(setup, case)
@@ -167,7 +167,7 @@ def highest_rate(
 def last_that(attains: Callable[[int], bool], steps: int) -> int | None:
     """The last whole number that does, from one on that is near 0; what follows it does not.
 
-    Found by leaps of `steps` and then bisection. None where -10 steps do not; 20 are the most.
+    Found by leaps of `steps` and then bisection. None where -6 leaps do not; 20 are the most.
     """
     low = 0
     if attains(0):
@@ -175,7 +175,7 @@ def last_that(attains: Callable[[int], bool], steps: int) -> int | None:
             low += steps
     else:
         while not attains(low := low - steps):
-            if low <= -10 * steps:
+            if low <= -6 * steps:
                 return None
     high = low + steps
     while high - low > 1:
