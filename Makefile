@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-device gpu-check lock newest
+.PHONY: help setup demo test lint types check-native check-device gpu-check study lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -41,6 +41,9 @@ gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake|host: withou
 	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results
 PYTHON ?= python3
 BACKEND ?= cuda
+
+study: setup  ## simulate policies on Azure's traces (TRACES=DIR), write docs/results/study.md; goes on where it stopped
+	$(PY) benchmarks/study.py --traces "$(TRACES)"
 
 check-device: $(VENV)/.installed-dev  ## compile every program for GPUs that are absent, renew the table
 	$(PY) tests/cpu/device_table.py

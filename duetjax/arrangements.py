@@ -11,7 +11,16 @@ from functools import partial
 from typing import Any
 
 from duetjax.config import ConfigError
-from duetjax.simulate import DISAGGREGATED, Case, Figures, Setup, fits, highest_rate, run_all
+from duetjax.simulate import (
+    DISAGGREGATED,
+    POLICIES,
+    Case,
+    Figures,
+    Setup,
+    fits,
+    highest_rate,
+    run_all,
+)
 from duetjax.simulate_report import SimulateRequest, objectives_of, setup_of, shown
 
 _HOUR = 3600.0
@@ -73,6 +82,9 @@ def plan(request: PlanRequest) -> list[Ranked]:
     """
     if not 1 <= request.gpus <= 1024:
         raise ConfigError(f"--gpus {request.gpus} must be from 1 to 1024")
+    for policy in request.policies:
+        if policy not in POLICIES:
+            raise ConfigError(f"--policy {policy}: choose from {', '.join(POLICIES)}")
     if not 0 < request.attainment < 1:
         raise ConfigError(f"--attainment {request.attainment:g} must be above 0 and below 1")
     if request.price is not None and not 0 < request.price < 1e6:

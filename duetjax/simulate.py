@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from duetjax.checkpoint.source import resolve_model
+from duetjax.checkpoint.source import check_context, resolve_model
 from duetjax.config import ConfigError, EngineConfig, PolicyName
 from duetjax.planning import make_policy
 from duetjax.policy.duet import Disaggregated
@@ -38,13 +38,14 @@ from duetjax.sim.simulation import Result, Timeline
 from duetjax.sim.simulation import simulate as simulate_once
 from duetjax.sim.traces import load
 from duetjax.sim.truth import Transfer, Truth
-from duetjax.sim.workload import Arrival, at_rate, mean_rate
+from duetjax.sim.workload import Arrival, at_rate, mean_rate, repeated
 
 DISAGGREGATED = "disaggregated"
 """Prefill on one GPU and decode on another like it, the KV being sent; a policy of simulations."""
 POLICIES = (*PolicyName, DISAGGREGATED)
 TARGETS = (0.90, 0.99)
 """Shares of the requests that must keep both objectives, in a sweep."""
+_LEAST_SECONDS = 60.0
 _IDLE_SHARE = 0.3
 """Of the board's power, where it waits; assumed."""
 
@@ -73,15 +74,18 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One simulation. rate: requests per second; None: the trace's own. budget: of a launch.
+    """One simulation.
 
-    objectives: the policy plans by the first one for the time between tokens.
+    rate: requests per second; None: the trace's own. budget: tokens of a launch. least_seconds: the
+    trace is repeated until it lasts so long at the rate. objectives: the policy plans by the first
+    one for the time between tokens.
     """
 
     policy: str
     objectives: Objectives
     rate: float | None = None
     budget: int | None = None
+    least_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,8 @@ def run_and_watch(
     """`run`, and when which launches were beside each other."""
     device, workload = _device(setup, case), _workload(setup)
     if case.rate is not None:
-        workload = at_rate(workload, case.rate)
+        times = ceil(case.least_seconds * case.rate / len(workload))
+        workload = at_rate(repeated(workload, times) if times > 1 else workload, case.rate)
     most_missed = None if target is None else int(len(workload) * (1 - target))
     scheduler, truth = _scheduler(setup, case, device)
     result = simulate_once(scheduler, truth, workload, case.objectives, most_missed=most_missed)
@@ -146,15 +151,16 @@ def highest_rate(
     """What came of the highest rate at which `target` of the requests keep their objectives.
 
     Rates are tried on a grid, each 1 + `precision` times the one before or a little less: the same
-    one for all policies. objective: index of the one for the time between tokens. None where a
-    64th of what the device's FLOP/s allow is too much. Few requests come to an end at any rate:
-    take some thousand.
+    one for all policies. The trace is repeated where it would last less than a minute: a crowd
+    comes to its end, however large. objective: index of the one for the time between tokens. None
+    where a 64th of what the device's FLOP/s allow is too much.
     """
     steps = ceil(1 / log2(1 + precision))
     unit = _compute_bound(setup, case)
 
     def at(place: int) -> Figures:
-        return _cached(setup, replace(case, rate=unit * 2 ** (place / steps)), target)
+        tried = replace(case, rate=unit * 2 ** (place / steps), least_seconds=_LEAST_SECONDS)
+        return _cached(setup, tried, target)
 
     def attains(place: int) -> bool:
         figures = at(place)
@@ -257,7 +263,7 @@ def _profiles(setup: Setup) -> tuple[Any, ModelProfile | None, HardwareProfile]:
 def _device(setup: Setup, case: Case) -> SimulatedDevice:
     source, profile, hardware = _profiles(setup)
     engine = _engine(setup, case)
-    return simulated_device(
+    device = simulated_device(
         source.config,
         engine,
         hardware,
@@ -265,6 +271,8 @@ def _device(setup: Setup, case: Case) -> SimulatedDevice:
         profile=profile,
         shards=setup.tensor_parallel,
     )
+    check_context(source.config, device.limits.max_model_len)
+    return device
 
 
 def _engine(setup: Setup, case: Case) -> EngineConfig:

@@ -7,7 +7,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice, repeat
 
 import numpy as np
@@ -54,6 +54,19 @@ def within(arrivals: Iterable[Arrival], seconds: float, start: float = 0.0) -> l
 def scaled(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:
     """The same with all times multiplied: order and burstiness stay."""
     return [_moved(each, each.at * factor) for each in arrivals]
+
+
+def repeated(arrivals: Sequence[Arrival], times: int) -> list[Arrival]:
+    """So often one after the other at the same mean rate; the blocks of each time are its own."""
+    period = len(arrivals) / mean_rate(arrivals)
+    ids = 1 + max([max(each.blocks, default=0) for each in arrivals])
+    return [
+        replace(
+            each, at=each.at + n * period, blocks=tuple([block + n * ids for block in each.blocks])
+        )
+        for n in range(times)
+        for each in arrivals
+    ]
 
 
 def mean_rate(arrivals: Sequence[Arrival]) -> float:

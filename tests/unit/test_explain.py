@@ -269,30 +269,32 @@ def texts(root):
     return ["".join(each.itertext()) for each in root.iter(f"{SVG}text")]
 
 
-def marks(root, kind, shape):
-    """Of one series, without its entry in the legend."""
-    (group,) = [each for each in root.iter(f"{SVG}g") if each.get("class") == kind]
-    return group.findall(f"{SVG}{shape}")[:-1]
+def marks(root, kind):
+    """Where the marks of a series are, whose name begins like this."""
+    groups = [each for each in root.iter(f"{SVG}g") if each.find(f"{SVG}title") is not None]
+    (group,) = [each for each in groups if each.find(f"{SVG}title").text.startswith(kind)]
+    (drawn,) = [each for each in group.iter(f"{SVG}path") if each.get("class") == "fill"]
+    return [(float(x), float(y)) for x, y in re.findall(r"M([\d.]+),([\d.]+)", drawn.get("d"))]
 
 
 def test_the_picture_has_every_split_and_marks_the_chosen_one(profiles, tmp_path, capsys):
     root = picture(capsys, tmp_path, *profiles, *LOAD, "--tbt-slo-ms", 10)
-    decode, prefill = marks(root, "decode", "circle"), marks(root, "prefill", "rect")
+    decode, prefill = marks(root, "decode"), marks(root, "prefill")
     assert len(decode) == len(prefill) == 3
-    (band,) = [each for each in root.iter(f"{SVG}rect") if each.get("class") == "chosen"]
+    (band,) = [each for each in root.iter(f"{SVG}rect") if each.get("class") == "band"]
     left, width = float(band.get("x")), float(band.get("width"))
-    inside = [left <= float(each.get("cx")) <= left + width for each in decode]
+    inside = [left <= x <= left + width for x, _ in decode]
     assert inside == [False, True, False]
     assert "chosen: 2/2" in texts(root)
 
 
 def test_the_picture_s_heights_are_the_times(profiles, tmp_path, capsys):
     root = picture(capsys, tmp_path, *profiles, *LOAD, "--tbt-slo-ms", 10)
-    (slo,) = [each for each in root.iter(f"{SVG}line") if each.get("class") == "slo"]
+    (slo,) = [each for each in root.iter(f"{SVG}line") if each.get("class") == "mark"]
     objective = float(slo.get("y1"))
-    first, second, third = [float(each.get("cy")) for each in marks(root, "decode", "circle")]
+    first, second, third = [y for _, y in marks(root, "decode")]
     assert first < objective < second == third  # 15.6, 10, 7.8 and 7.8 ms; down is less
-    heights = [float(each.get("y")) for each in marks(root, "prefill", "rect")]
+    heights = [y for _, y in marks(root, "prefill")]
     assert heights[0] > heights[1] > heights[2]  # 21.67, 32.5 and 65 ms
     # Logarithmic: twice the time is as far up from 32.5 to 65 as from 7.8 to 15.6 ms.
     assert heights[1] - heights[2] == pytest.approx(second - first, abs=0.11)
@@ -311,14 +313,14 @@ def test_the_picture_has_a_title_and_axes_with_units(profiles, tmp_path, capsys)
 def test_the_picture_suits_light_and_dark_surroundings(profiles, tmp_path, capsys):
     root = picture(capsys, tmp_path, *profiles, *LOAD)
     light, dark = root.find(f"{SVG}style").text.split("@media (prefers-color-scheme: dark) {")
-    for name in (".back", "text", ".grid", ".decode", ".prefill", ".slo", ".slo-text", ".chosen"):
+    for name in (".back", "text", ".grid", ".s0", ".s1", ".mark", ".halo", ".band"):
         assert re.search(rf"(?m)(^|\s){re.escape(name)} {{", light), name
         assert re.search(rf"(?m)(^|\s){re.escape(name)} {{", dark), name
 
 
 def test_no_split_is_marked_where_none_is_chosen(profiles, tmp_path, capsys):
     root = picture(capsys, tmp_path, *profiles, *LOAD, "--tbt-slo-ms", 20)
-    assert not [each for each in root.iter() if each.get("class") == "chosen"]
+    assert not [each for each in root.iter() if each.get("class") == "band"]
     assert not [text for text in texts(root) if "chosen" in text]
 
 

@@ -116,7 +116,6 @@ RULES = {
         ),
         theirs=("jax",),
     ),
-    "duetjax.chart": Rule(),
     "duetjax.simulate": Rule(
         ours=(
             "duetjax.checkpoint.source",
@@ -170,7 +169,10 @@ RULES = {
     "duetjax.explain": Rule(
         ours=("duetjax.config", "duetjax.policy", "duetjax.profile_files"), theirs=("numpy",)
     ),
-    "duetjax.picture": Rule(ours=("duetjax.config", "duetjax.explain")),
+    "duetjax.chart": Rule(ours=("duetjax.chart_axis", "duetjax.chart_svg")),
+    "duetjax.chart_axis": Rule(ours=("duetjax.chart_svg",)),
+    "duetjax.chart_svg": Rule(),
+    "duetjax.picture": Rule(ours=("duetjax.chart", "duetjax.config", "duetjax.explain")),
     "duetjax.compile_profile": Rule(
         ours=(
             "duetjax.checkpoint",

@@ -20,6 +20,7 @@ from duetjax.sim.workload import (
     is_generated,
     mean_rate,
     prompt_of,
+    repeated,
     scaled,
     within,
 )
@@ -359,3 +360,15 @@ def test_the_same_request_has_the_same_prompt():
 def test_a_number_outside_its_range_is_our_mistake(number):
     with pytest.raises(AssertionError, match="request number"):
         prompt_of(Arrival(0.0, 1, 1), number)
+
+
+def test_a_workload_that_is_repeated_keeps_its_rate_and_shares_no_blocks_with_itself():
+    once = generate(Spec("mooncake-conversation", seconds=60.0, seed=3))
+    thrice = repeated(once, 3)
+    assert len(thrice) == 3 * len(once)
+    assert mean_rate(thrice) == pytest.approx(mean_rate(once), rel=0.02)
+    assert [each.at for each in thrice] == sorted(each.at for each in thrice)
+    parts = [thrice[n * len(once) : (n + 1) * len(once)] for n in range(3)]
+    ids = [{block for each in part for block in each.blocks} for part in parts]
+    assert not (ids[0] & ids[1] | ids[1] & ids[2])
+    assert [len(each.blocks) for each in parts[2]] == [len(each.blocks) for each in once]
