@@ -122,7 +122,8 @@ def _verdict(found: Found, loads: Sequence[tuple[str, str]]) -> Iterator[str]:
             ratio = rates["duet", ""] / baseline
             where = wins if ratio >= WINS else losses if ratio <= 1 / WINS else ties
             where.append(f"{case} ({ratio:.2f} x)")
-            ideal.append((rates["duet", "ideal"] / baseline, case))
+            if (model, trace, "duet", "ideal", ms) in found:
+                ideal.append((rates["duet", "ideal"] / baseline, case))
     yield "## What it says"
     yield ""
     yield f"- duet serves more than both baselines in {len(wins)} cases: {_listed(wins)}."

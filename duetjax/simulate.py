@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, log2
+from math import ceil, floor, log2
 from multiprocessing import get_context
 from typing import Any
 
@@ -38,7 +38,7 @@ from duetjax.sim.simulation import Result, Timeline
 from duetjax.sim.simulation import simulate as simulate_once
 from duetjax.sim.traces import load
 from duetjax.sim.truth import Transfer, Truth
-from duetjax.sim.workload import Arrival, at_rate, mean_rate, repeated
+from duetjax.sim.workload import FIXED, Arrival, at_rate, is_generated, mean_rate, repeated
 
 DISAGGREGATED = "disaggregated"
 """Prefill on one GPU and decode on another like it, the KV being sent; a policy of simulations."""
@@ -46,6 +46,7 @@ POLICIES = (*PolicyName, DISAGGREGATED)
 TARGETS = (0.90, 0.99)
 """Shares of the requests that must keep both objectives, in a sweep."""
 _LEAST_SECONDS = 60.0
+_FIXED_RATE = 5.0
 _IDLE_SHARE = 0.3
 """Of the board's power, where it waits; assumed."""
 
@@ -54,8 +55,9 @@ _IDLE_SHARE = 0.3
 class Setup:
     """What does not change from case to case. engine: sizes and limits; its policy does not count.
 
-    trace: a file, or a name of `workload.KINDS`. seconds, start: window of it; None: all, or 600 s
-    of a generated one. noise: see `Truth`. contention: of decode and prefill in place of the
+    trace: a file, or a name of `workload.KINDS`, generated at `generated_rate` requests/s; None:
+    the trace's own, 5 where it has none. seconds, start: window of it; None: all, or 600 s of a
+    generated one. noise: see `Truth`. contention: of decode and prefill in place of the
     hardware profile's, 1 being none.
     """
 
@@ -67,6 +69,7 @@ class Setup:
     start: float = 0.0
     seed: int = 0
     cv: float | None = None
+    generated_rate: float | None = None
     noise: float = 0.0
     contention: tuple[float, float] | None = None
     tensor_parallel: int = 1
@@ -137,9 +140,10 @@ def run_and_watch(
     """`run`, and when which launches were beside each other."""
     device, workload = _device(setup, case), _workload(setup)
     if case.rate is not None:
-        times = ceil(case.least_seconds * case.rate / len(workload))
-        workload = at_rate(repeated(workload, times) if times > 1 else workload, case.rate)
-    most_missed = None if target is None else int(len(workload) * (1 - target))
+        workload = at_rate(workload, case.rate)
+        if (times := ceil(case.least_seconds * case.rate / len(workload))) > 1:
+            workload = at_rate(repeated(workload, times), case.rate)
+    most_missed = None if target is None else floor(len(workload) * (1 - target) + 1e-6)
     scheduler, truth = _scheduler(setup, case, device)
     result = simulate_once(scheduler, truth, workload, case.objectives, most_missed=most_missed)
     return _figures(case, device, workload, result), result.timeline
@@ -173,12 +177,15 @@ def highest_rate(
 def last_that(attains: Callable[[int], bool], steps: int) -> int | None:
     """The last whole number that does, from one on that is near 0; what follows it does not.
 
-    Found by leaps of `steps` and then bisection. None where -6 leaps do not; 20 are the most.
+    Found by leaps of `steps` and then bisection. None where none of 6 leaps down does; where all of
+    3 leaps up do, what the last of them comes to.
     """
     low = 0
     if attains(0):
-        while low < 20 * steps and attains(low + steps):
+        while attains(low + steps):
             low += steps
+            if low == 3 * steps:
+                return low
     else:
         while not attains(low := low - steps):
             if low <= -6 * steps:
@@ -240,9 +247,10 @@ def _cached(setup: Setup, case: Case, target: float) -> Figures:
 
 @cache
 def _workload(setup: Setup) -> list[Arrival]:
+    rate = setup.generated_rate or (_FIXED_RATE if setup.trace.startswith(FIXED) else None)
     return load(
         setup.trace,
-        rate=None,
+        rate=rate if is_generated(setup.trace) else None,
         seconds=setup.seconds,
         start=setup.start,
         seed=setup.seed,
@@ -310,7 +318,7 @@ def _disaggregated(
     foresight = Foresight(device.model, hardware)
     truth = Transfer(foresight, noise=setup.noise, seed=setup.seed)
     policy: Policy = Disaggregated(engine.max_num_batched_tokens, hardware.cores, k=1)
-    pace = Pace(truth, engine.tbt_slo_ms, max_prefill_launch_ms=np.inf)
+    pace = Pace(Transfer(foresight), engine.tbt_slo_ms, max_prefill_launch_ms=np.inf)
     return Scheduler(device.limits, policy, pace), truth
 
 

@@ -257,6 +257,7 @@ def setup_of(request: SimulateRequest) -> Setup:
         start=request.start,
         seed=request.seed,
         cv=request.burstiness_cv,
+        generated_rate=None if request.rate is None else _numbers(request.rate)[0],
         noise=request.noise,
         contention=None if request.contention is None else _contention(request.contention),
         tensor_parallel=request.tensor_parallel,
@@ -282,15 +283,17 @@ def objectives_of(request: SimulateRequest) -> Objectives:
 
 
 def _rates(request: SimulateRequest, setup: Setup) -> list[float]:
-    if request.rate is None:
-        return [mean_rate_of(setup)]
+    return [mean_rate_of(setup)] if request.rate is None else _numbers(request.rate)
+
+
+def _numbers(rates: str) -> list[float]:
     try:
-        rates = [float(rate) for rate in request.rate.split(",")]
+        numbers = [float(rate) for rate in rates.split(",")]
     except ValueError:
-        rates = [0.0]
-    if not all(0 < rate < 1e6 for rate in rates):
-        raise ConfigError(f"--rate {request.rate}: give requests/s above 0, such as 5 or 5,10,20")
-    return rates
+        numbers = [0.0]
+    if not all(0 < number < 1e6 for number in numbers):
+        raise ConfigError(f"--rate {rates}: give requests/s above 0, such as 5 or 5,10,20")
+    return numbers
 
 
 def _row(setup: Setup, case: Case) -> tuple[Figures, Timeline]:

@@ -44,6 +44,8 @@ def simulated_device(
     profile: of the model, unsharded; None: by its shapes. shards: devices that share each layer.
     Raises `ConfigError` that names the flag if it does not fit, or cannot be shared so.
     """
+    if shards < 1:
+        raise ConfigError(f"--tensor-parallel {shards} must be at least 1")
     value_bytes = _value_bytes(config, engine)
     memory = DeviceMemory(
         total=int(hardware.memory_bytes * engine.gpu_memory_utilization),

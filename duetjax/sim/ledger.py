@@ -56,8 +56,9 @@ class Percentiles:
 class Ledger:
     """Takes in what steps give out. Requests are known by their number, ids being its digits.
 
-    arrived, first, last [N]: seconds; NaN where it has not happened. tokens, due [N]: given out,
-    and to come in all. finished: how many requests have got everything. finished_at: the last.
+    arrived, first, last [N]: seconds; NaN where it has not happened. tokens [N]: given out.
+    finished, refused: how many requests have got everything, and how many can never run.
+    finished_at: when the last one had.
     """
 
     def __init__(self, workload: Sequence[Arrival], objectives: Objectives) -> None:
@@ -70,7 +71,7 @@ class Ledger:
         self.tokens = np.zeros(size, np.int64)
         self.finished = self.refused = 0
         self.finished_at = 0.0
-        self.is_out = np.zeros(size, np.bool_)
+        self._is_refused = np.zeros(size, np.bool_)
         self._late = np.zeros((len(objectives.tbt_slo_ms), size), np.int64)
         self._slos = [slo / 1e3 for slo in objectives.tbt_slo_ms]
         self._tightest = min(self._slos)
@@ -82,7 +83,7 @@ class Ledger:
     def refuse(self, number: int) -> None:
         """A request can never run."""
         self.refused += 1
-        self.is_out[number] = True
+        self._is_refused[number] = True
 
     def take(self, outputs: StepOutputs, now: float) -> None:
         """A step's tokens, at the time at which it ended."""
@@ -90,7 +91,6 @@ class Ledger:
             self._take(self._numbered(outputs.ids), now)
         for request_id, why in outputs.finished:
             assert why is FinishReason.LENGTH, f"request {request_id}: {why}"
-            self.is_out[int(request_id)] = True
             self.finished += 1
             self.finished_at = now
 
@@ -142,7 +142,7 @@ class Ledger:
         loosest = int(np.argmax(self._slos))
         late: Flags = self._late[loosest] > np.floor(LATE_SHARE * (self._due - 1))
         waited = np.where(np.isnan(self.first), now, self.first) - self.arrived
-        return late | (1e3 * waited > self._most_ttft_ms)
+        return late | (1e3 * waited > self._most_ttft_ms) | self._is_refused
 
     @property
     def ttft_ms(self) -> Floats:

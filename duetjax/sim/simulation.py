@@ -28,10 +28,7 @@ _LOOK_EVERY = 100
 
 @dataclass(slots=True)
 class Timeline:
-    """Launches beside each other, by column. at: seconds when planned. rows: decoding.
-
-    decode_cores, k: of decode launches on a split. tokens: of the prefill launches beside them.
-    """
+    """Decode launches on a split, by column. at: seconds when planned. k: steps."""
 
     at: list[float] = field(default_factory=list)
     decode_cores: list[int] = field(default_factory=list)

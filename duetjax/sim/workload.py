@@ -57,8 +57,12 @@ def scaled(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:
 
 
 def repeated(arrivals: Sequence[Arrival], times: int) -> list[Arrival]:
-    """So often one after the other at the same mean rate; the blocks of each time are its own."""
-    period = len(arrivals) / mean_rate(arrivals)
+    """So often one after the other, a mean gap between them; the blocks of each time are its own.
+
+    Raises `ConfigError` where no time passes.
+    """
+    span = len(arrivals) / mean_rate(arrivals)
+    period = span + span / (len(arrivals) - 1)
     ids = 1 + max([max(each.blocks, default=0) for each in arrivals])
     return [
         replace(
@@ -157,8 +161,8 @@ _KINDS = {
         has_conversations=True,
     ),
 }
-_FIXED = "fixed:"
-KINDS = (*_KINDS, f"{_FIXED}PROMPTxOUTPUT")
+FIXED = "fixed:"
+KINDS = (*_KINDS, f"{FIXED}PROMPTxOUTPUT")
 """What can be generated, as messages name it."""
 
 
@@ -199,7 +203,7 @@ class Spec:
 
 def is_generated(name: str) -> bool:
     """Whether a name is meant for `generate`, whatever else may be called so."""
-    return name in _KINDS or name.startswith(_FIXED)
+    return name in _KINDS or name.startswith(FIXED)
 
 
 def generate(spec: Spec) -> list[Arrival]:
@@ -229,11 +233,11 @@ def generate(spec: Spec) -> list[Arrival]:
 
 
 def _kind(name: str) -> _Kind:
-    if not name.startswith(_FIXED):
+    if not name.startswith(FIXED):
         if (kind := _KINDS.get(name)) is None:
             raise ConfigError(f"{name} cannot be generated; choose {', '.join(KINDS)}")
         return kind
-    lengths = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", name.removeprefix(_FIXED))
+    lengths = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", name.removeprefix(FIXED))
     if lengths is None:
         raise ConfigError(f"{name} must have two numbers of tokens, as fixed:1024x128 has")
     prompt, output = ((int(length),) * len(_SHARES) for length in lengths.groups())

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from duetjax import arrangements, simulate, simulate_report
+from duetjax import arrangements, simulate_report
 from duetjax.arrangements import Arrangement
 from duetjax.cli import main
 from duetjax.config import ConfigError
@@ -24,14 +24,6 @@ def error_of(capsys, *args):
     assert main(args) == 1
     [line] = capsys.readouterr().err.splitlines()
     return line
-
-
-@pytest.fixture(autouse=True)
-def _trace_with_rate(monkeypatch):
-    """fixed: has no rate of its own; 4/s unless --rate says otherwise."""
-    load = simulate.load
-    monkeypatch.setattr(simulate, "load", lambda *a, **k: load(*a, **(k | {"rate": 4.0})))
-    simulate._workload.cache_clear()
 
 
 # simulate.
@@ -74,11 +66,11 @@ def test_a_sweep_finds_the_rate_beyond_which_the_objectives_are_missed(capsys):
     best = ninety["figures"]["rate"]
     assert most["figures"]["rate"] <= best
     assert any(f"90% of the requests keep both objectives up to {best:.2f}" in x for x in lines)
-    rates = f"{best * 0.99},{best * 1.05}"
+    rates = f"4,{best * 0.99},{best * 1.05}"  # the first one says how many there are
     _, around = run(
         capsys, "simulate", *LOAD, "--rate", rates, *(a for a in args if a != "--sweep")
     )
-    below, above = (row["attained"][0] for row in around["rows"])
+    _, below, above = (row["attained"][0] for row in around["rows"])
     assert below >= 0.9 > above
 
 
