@@ -204,7 +204,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--attainment", type=float, default=0.9, help="share of requests to keep; default: 0.9"
     )
     plan.add_argument("--price", type=float, help="of a GPU for an hour")
-    plan.set_defaults(run=_plan, duration=240.0)
+    plan.set_defaults(run=_plan, duration=180.0)
 
 
 def _add_load_flags(parser: argparse.ArgumentParser) -> None:

@@ -242,15 +242,15 @@ def _on_split(
 
 def _smallest(candidates: Candidates, bounds: Bounds, s: int) -> _Cell | None:
     """The smallest prefill launch that can run on a split."""
-    rows, decode_ms, most_ms = candidates.rows, candidates.decode_ms[s], bounds.max_prefill_ms
+    rows, decode_ms = candidates.rows, candidates.decode_ms[s]
     if not 0 < decode_ms <= _LARGEST:
         return None
-    allowed_ms = _LARGEST
+    most_ms, allowed_ms = min(bounds.max_prefill_ms, _LARGEST), _LARGEST
     for tokens, prefill_ms in zip(candidates.prefill_tokens, candidates.prefill_ms(s), strict=True):
         if 0 < prefill_ms <= allowed_ms:
             rate, k = _best_k(rows, decode_ms, tokens, prefill_ms, bounds.max_k)
             return rate, s, tokens, k, decode_ms, prefill_ms
-        allowed_ms = min(most_ms, _LARGEST)
+        allowed_ms = most_ms
     return None
 
 

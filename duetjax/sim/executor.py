@@ -245,8 +245,10 @@ class _Slots:
         if step == 0:
             self.apply_deltas(launch)
         slots = self._index.of(launch.slots)
-        after = self._position[slots] + 1
-        samples = (after <= self._limit[slots]) & ~self._has_stopped[slots]
+        after, limit = self._position[slots] + 1, self._limit[slots]
+        samples = after <= limit
+        if self._sampler is not None:
+            samples &= ~self._has_stopped[slots]
         if launch.counts:
             counts = np.array(launch.counts, np.int64)
             is_chunk = counts > 0
@@ -257,7 +259,8 @@ class _Slots:
         else:
             self._position[slots] += samples
         flags = samples * np.uint8(_SAMPLED)
-        flags[samples & (after >= self._limit[slots])] |= _AT_LIMIT
+        if (at_limit := samples & (after >= limit)).any():
+            flags[at_limit] |= _AT_LIMIT
         tokens = np.zeros(len(slots), np.int32)
         if self._sampler is not None:
             for row in samples.nonzero()[0].tolist():
