@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels import xla, xla_fixed
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
-from pallas_kernels.timing import CALLS, PrefillLoad, prefill_seconds, seconds_per_call
+from pallas_kernels.timing import CALLS, Attention, PrefillLoad, seconds_per_call
 
 LLAMA = Heads(32, 8, 128, 2)
 LOADS = (
@@ -37,7 +37,7 @@ TOYS = (
 class Row:
     """What was measured for one load, in 10^12 FLOPs per second of both products.
 
-    cudnn: None where there are keys before the queries, and without a GPU.
+    cudnn_tflops: None where there are keys before the queries, and without a GPU.
     """
 
     load: PrefillLoad
@@ -62,8 +62,9 @@ HEADER = "rows   new cached    H/K    D    S         us  TFLOP/s  cuDNN    XLA e
 
 def measured(load: PrefillLoad, kernels: MosaicKernels, *, on_gpu: bool) -> Row:
     """Times all three, and compares ours with XLA's."""
-    seconds = prefill_seconds(kernels.prefill_attention, load, CALLS if on_gpu else 1)
-    others = prefill_seconds(xla_fixed.prefill_attention, load, 1)
+    operands = load.operands()
+    seconds = seconds_per_call(kernels.prefill_attention, operands, CALLS if on_gpu else 1)
+    others = seconds_per_call(xla_fixed.prefill_attention, operands, 1)
     dense = None
     if on_gpu and load.cached == 0:
         cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
@@ -74,15 +75,11 @@ def measured(load: PrefillLoad, kernels: MosaicKernels, *, on_gpu: bool) -> Row:
         load.flops / seconds / 1e12,
         dense,
         load.flops / others / 1e12,
-        worst_error(kernels, load),
+        worst_error(kernels.prefill_attention, xla.prefill_attention, load.operands(seed=1)),
     )
 
 
-def worst_error(kernels: MosaicKernels, load: PrefillLoad) -> float:
+def worst_error(ours: Attention, xlas: Attention, operands: tuple[jax.Array, ...]) -> float:
     """The norm of a head's error against XLA's kernels, over that of the result, at its worst."""
-    operands = load.operands(seed=1)
-    got, want = (
-        np.asarray(jax.jit(each.prefill_attention)(*operands), np.float32)
-        for each in (kernels, xla)
-    )
+    got, want = (np.asarray(jax.jit(each)(*operands), np.float32) for each in (ours, xlas))
     return float((np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max())

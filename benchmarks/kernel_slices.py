@@ -3,7 +3,6 @@
 What is timed ends when the host learns of it, so a program should hold many calls of a kernel.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +12,10 @@ import jax
 
 import duetjax._launcher as _launcher
 from duetjax.runtime.placeholders import mark
-from duetjax.runtime.recorder import Memory, XlaMemory
+from duetjax.runtime.recorder import SPARE_BYTES, Memory, XlaMemory, captured
 from duetjax.runtime.target import local_target
 
 RUNS = 5
-_SPARE = 2**13  # XLA may have put small arrays of its own before a program's temporaries
-_PROGRAM = 0
 _PATIENCE_S = 60.0
 
 
@@ -54,16 +51,13 @@ class Slices:
 
         Raises `duetjax._launcher.Unsafe` where a replay would not be what XLA ran.
         """
-        take = self._memory.holder(temp_bytes + _SPARE)
+        take = self._memory.holder(temp_bytes + SPARE_BYTES)
         jax.block_until_ready(run(*operands))
-        gc.collect()  # nothing is given back to XLA while it is being recorded
-        self._device.arm(_PROGRAM)
-        try:
-            outputs = jax.block_until_ready(jax.tree.leaves(run(*operands)))
-            recording = self._device.take(_PROGRAM, (run, operands, outputs))
-        except BaseException:
-            self._device.abort()
-            raise
+        recording, outputs = captured(
+            self._device,
+            lambda: jax.block_until_ready(jax.tree.leaves(run(*operands))),
+            lambda outputs: (run, operands, outputs),
+        )
         held = take()
         arrays = (*jax.tree.leaves(operands), *outputs, held)
         recording.check([(each.unsafe_buffer_pointer(), each.nbytes, False) for each in arrays])

@@ -105,11 +105,6 @@ type Attention = Callable[..., jax.Array]
 """Of queries, and whatever else; what it gives has their shape."""
 
 
-def prefill_seconds(attention: Attention, load: PrefillLoad, calls: int = CALLS) -> float:
-    """Seconds of one call of `prefill_attention`, the shortest of a few runs."""
-    return seconds_per_call(attention, load.operands(), calls)
-
-
 def seconds_per_call(
     attention: Attention, operands: tuple[jax.Array, ...], calls: int = CALLS
 ) -> float:

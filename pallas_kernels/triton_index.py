@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.work_list import dealt
+
 TILE_FIELDS = 4
 
 _LOG2_E = 1.4426950408889634
@@ -104,11 +106,9 @@ def tiles(
     R = cached_lengths.shape[0]
     counts = jnp.append(row_offsets[1:], num_tokens) - row_offsets
     needed = (counts + tile_tokens - 1) // tile_tokens
-    row = jnp.arange(R + 1)
-    ends = jnp.sum(jnp.where(row <= row[:, None], needed, 0), axis=1)
-    tile = jnp.arange(num_tokens // tile_tokens + R + 1)  # no sum of those needed is more
-    owner = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1), R)
-    first = (tile - (ends - needed)[owner]) * tile_tokens
+    most = num_tokens // tile_tokens + R + 1  # no sum of those needed is more
+    owner, place, _ = dealt(needed, most)
+    first = place * tile_tokens
     tokens = jnp.clip(counts[owner] - first, 0, tile_tokens)
     behind = cached_lengths[jnp.minimum(owner, R - 1)] + first + tokens
     behind = jnp.where((owner < R) & (tokens > 0), behind, 0)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.shapes import HEAD_DIMS, PAGE_SIZES, PLAIN_SCORES, WIDE_DTYPES, Sizes, Tuning
-from pallas_kernels.timing import PrefillLoad, Workload, decode_seconds, prefill_seconds
+from pallas_kernels.timing import PrefillLoad, Workload, decode_seconds, seconds_per_call
 from pallas_kernels.tuning import TABLE, Case, Entry, read_table, table_text, tuning_for
 
 SHARED_MEMORY = 232448
@@ -61,7 +61,7 @@ def fastest(case: Case, cores: int, *, with_chunk: bool) -> tuple[Tuning, str]:
         return decode_seconds(MosaicKernels(tuning), decode)
 
     def of_prefill(tuning: Tuning) -> float:
-        return prefill_seconds(MosaicKernels(tuning).prefill_attention, prefill)
+        return seconds_per_call(MosaicKernels(tuning).prefill_attention, prefill.operands())
 
     for name, seconds_of, choices in (
         ("decode", of_decode, _of_decode(cores, with_chunk=with_chunk)),

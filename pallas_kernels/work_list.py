@@ -67,17 +67,22 @@ class WorkList(NamedTuple):
 
 
 def work_list(lengths: jax.Array, chunks: Chunks) -> WorkList:
-    """Work of rows of these lengths [B]; a few small fusions, shared by all layers of a step.
-
-    Sums and searches are comparisons with everything: on a GPU quicker than their scans.
-    """
-    B = lengths.shape[0]
+    """Work of rows of these lengths [B]; a few small fusions, shared by all layers of a step."""
     first, behind = chunks.bounds(lengths)
-    row = jnp.arange(B)
-    counts = behind - first
-    ends = jnp.sum(jnp.where(row <= row[:, None], counts, 0), axis=1)
-    item = jnp.arange(B * chunks.per_row)
-    owner = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), B - 1)
-    chunk = first[owner] + item - (ends - counts)[owner]
-    items = (owner * chunks.per_row + chunk).astype(jnp.int32)
-    return WorkList(items, ends[-1:].astype(jnp.int32))
+    row, place, total = dealt(behind - first, lengths.shape[0] * chunks.per_row)
+    items = (row * chunks.per_row + first[row] + place).astype(jnp.int32)
+    return WorkList(items, total.astype(jnp.int32))
+
+
+def dealt(counts: jax.Array, num_items: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Items that owners have so many of: whose each is, which of theirs, and how many count [1].
+
+    counts [N]: in the owners' order, which is the items' too. Items that do not count are the last
+    owner's. Sums and searches are comparisons with everything: on a GPU quicker than their scans.
+    """
+    N = counts.shape[0]
+    index = jnp.arange(N)
+    ends = jnp.sum(jnp.where(index <= index[:, None], counts, 0), axis=1)
+    item = jnp.arange(num_items)
+    owner = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), N - 1)
+    return owner, item - (ends - counts)[owner], ends[-1:]

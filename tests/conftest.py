@@ -7,6 +7,7 @@ In CI, hypothesis draws the same examples every time: a submission is judged by 
 without CI=true it goes on looking for new ones.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -20,6 +21,10 @@ for folder in (TESTS, TESTS / "unit"):
 
 # The wheels that compile for an absent GPU would ask for its driver, in every process started here.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+# Tracing makes objects by the million and few of them are garbage: looking for it as often as
+# Python does takes a third of the time.
+gc.set_threshold(100_000, 10, 10)
 
 settings.register_profile("patient", deadline=None)  # a loaded machine is no failure
 settings.load_profile("patient")

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SPARE = 2**13
-"""Bytes held beyond temporaries: XLA may have put its own small arrays before them."""
+SPARE_BYTES = 2**13
+"""Held beyond temporaries: XLA may have put its own small arrays before them."""
 
 _ANY = 0
 """The marker's number of every program: one is recorded at a time."""
@@ -166,7 +166,7 @@ class Recorder:
     def _record(self, key: Key, lane: Lane) -> _Capture:
         """Records a program; every address that it uses is kept from then on."""
         size = self._temporaries[key]
-        spares = (_SPARE, 0) if size else (0,)
+        spares = (SPARE_BYTES, 0) if size else (0,)
         takes = [self._memory.holder(size + spare) for spare in spares]
         capture, reasons = self._capture(key, lane), []
         for spare, take in zip(spares, takes, strict=True):
@@ -198,16 +198,11 @@ class Recorder:
     def _capture(self, key: Key, lane: Lane) -> _Capture:
         inputs = self._padding(key)
         in_place = _addresses([*self._state.kv, self._state.counts])
-        gc.collect()  # nothing is given back to XLA while it is being recorded
-        self._device.arm(_ANY)
-        try:
-            outputs = self._run(key, lane, inputs)
-            kept = (self._executables[key], inputs, outputs[len(in_place) :])
-            recording = self._device.take(_ANY, kept)
-        except BaseException:
-            with suppress(_launcher.LauncherError):
-                self._device.abort()
-            raise
+        recording, outputs = captured(
+            self._device,
+            lambda: self._run(key, lane, inputs),
+            lambda outputs: (self._executables[key], inputs, outputs[len(in_place) :]),
+        )
         seen = recording.outputs
         if seen[: len(in_place)] != in_place:
             raise _launcher.Unsafe(f"{_name(key)}: pages or counts are not updated in place")
@@ -248,6 +243,27 @@ class Recorder:
                 return done
             built(count + 1, len(jobs))
         return dict(splits)
+
+
+def captured(
+    device: "Device",
+    run: Callable[[], list[jax.Array]],
+    kept: Callable[[list[jax.Array]], object],
+) -> tuple["Recording", list[jax.Array]]:
+    """What `run` does, recorded, and its outputs; nothing is left open where it fails.
+
+    run: a program that ends in the launcher's marker, until its outputs are there. kept: what of it
+    and of these outputs must live as long as the recording.
+    """
+    gc.collect()  # nothing is given back to XLA while it is being recorded
+    device.arm(_ANY)
+    try:
+        outputs = run()
+        return device.take(_ANY, kept(outputs)), outputs
+    except BaseException:
+        with suppress(_launcher.LauncherError):
+            device.abort()
+        raise
 
 
 def _check_apart(captures: Sequence[_Capture]) -> None:

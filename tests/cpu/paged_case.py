@@ -1,7 +1,9 @@
 """Random paged KV, what attention over it is in float64, and kernels run by Pallas' interpreter."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from unittest.mock import patch
 
 import jax
@@ -17,7 +19,7 @@ RELATIVE_ERROR = {"bfloat16": 5e-3, "float16": 6e-4}
 
 FP8, MOST_FP8 = "float8_e4m3fn", 448.0
 
-QUICK = {"xla_backend_optimization_level": 0}  # the interpreter's programs run once
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, of programs that run once
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,35 @@ def interpreter():
             yield has_raced
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An attention over a case, run by the interpreter, for faults that are planted in either."""
+
+    attention: Callable[..., jax.Array]
+    case: Case | PrefillCase
+
+    @cached_property
+    def _sound(self):
+        return jax.jit(self.attention, compiler_options=QUICK)
+
+    def run(self, faulty=None):
+        """Largest relative error of an output against float64, and whether a race was found.
+
+        faulty: a case whose operands are used instead.
+        """
+        return self._outcome(self._sound, faulty or self.case)
+
+    def run_faulty(self):
+        """`run` of the kernel as it has been changed since."""
+        changed = jax.jit(lambda *operands: self.attention(*operands), compiler_options=QUICK)
+        return self._outcome(changed, self.case)
+
+    def _outcome(self, attention, given):
+        with interpreter() as has_raced:
+            out = jax.block_until_ready(attention(*given.operands))
+            return relative_errors(out, self.case.dense()[0]).max(), has_raced()
 
 
 def relative_errors(got, want):

@@ -12,6 +12,7 @@ from golden import tiny
 from duetjax.cli import main
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
+SIZES = ("--max-num-seqs", "2", "--max-num-batched-tokens", "128")  # few programs
 
 
 def write_model(folder: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_refusal_leaves_through_the_process_s_exit_code(tmp_path):
 
 
 def test_generate_answers_on_standard_output_alone():
-    done = run("generate", "What is TTFT?", "--max-num-seqs", "2", "--temperature", "0")
+    done = run("generate", "What is TTFT?", "--temperature", "0", *SIZES)
     assert done.returncode == 0, done.stderr
     assert "first token" in done.stdout
     assert done.stdout.endswith("\n")
@@ -102,7 +103,7 @@ def test_generate_answers_on_standard_output_alone():
 
 
 def test_generate_reads_the_prompt_from_standard_input():
-    arguments = ["--raw", "--max-tokens", "4", "--temperature", "0", "--max-num-seqs", "2"]
+    arguments = ["--raw", "--max-tokens", "4", "--temperature", "0", *SIZES]
     piped = run("generate", *arguments, input="A page of KV memory")
     typed = run("generate", "A page of KV memory", *arguments)
     assert piped.returncode == 0, piped.stderr

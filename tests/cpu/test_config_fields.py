@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import tiny
+from paged_case import QUICK
 
 from duetjax.config import ModelConfig, RopeConfig
 from duetjax.model.decoder import Decoder, Definition, causal_attention
@@ -100,7 +101,7 @@ def logits(hf: Mapping[str, Any]) -> np.ndarray:
         decoder = definition.bind(leaves)
         return decoder.logits(decoder(tokens, jnp.arange(len(tokens)), causal_attention))
 
-    return np.asarray(jax.jit(run)(definition.ordered(leaves)))
+    return np.asarray(jax.jit(run, compiler_options=QUICK)(definition.ordered(leaves)))
 
 
 @cache

@@ -239,7 +239,7 @@ def test_without_room_for_what_the_whole_gpu_runs_no_graphs_are_used(cuda, opene
 # Programs that cannot be replayed.
 
 
-@pytest.mark.parametrize("wasted", [recorder._SPARE + 1, 50_000])
+@pytest.mark.parametrize("wasted", [recorder.SPARE_BYTES + 1, 50_000])
 def test_a_program_whose_temporaries_cannot_be_held_is_refused_by_name(cuda, wasted):
     with pytest.raises(NoRung, match=r"(prefill|decode) \d+: .* not inside anything that is kept"):
         Gpu(cuda, memory=FakeMemory(cuda, wasted=wasted))
@@ -283,7 +283,7 @@ def test_temporaries_behind_a_small_array_of_xlas_are_held_to_their_end(cuda, op
 
 def test_temporaries_far_behind_what_is_held_are_not_trusted_to_end_in_it(cuda):
     with pytest.raises(NoRung, match=r"\d+: its temporaries do not begin where memory is held"):
-        Gpu(cuda, table_bytes=recorder._SPARE + 2000, names_end=False)
+        Gpu(cuda, table_bytes=recorder.SPARE_BYTES + 2000, names_end=False)
 
 
 def test_a_program_that_uses_memory_which_nobody_keeps_is_refused_by_name(cuda):
@@ -360,7 +360,7 @@ def test_a_recording_that_fails_ends_so_that_the_next_one_can_begin(cuda, opened
 def test_without_memory_to_hold_the_temporaries_in_every_rung_says_so(cuda):
     with pytest.raises(NoRung) as refused:
         Gpu(cuda, memory=Refusing(cuda))
-    assert str(refused.value).count(f"no room for {3000 + recorder._SPARE} bytes") == 3
+    assert str(refused.value).count(f"no room for {3000 + recorder.SPARE_BYTES} bytes") == 3
 
 
 # A device that fails in flight.

@@ -5,7 +5,7 @@ from unittest.mock import patch
 import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from paged_case import QUICK, RELATIVE_ERROR, Case, interpreter, relative_errors
+from paged_case import RELATIVE_ERROR, Case, Trial
 
 from pallas_kernels import combine, decode
 from pallas_kernels.shapes import PLAIN_SCORES, Sizes, Tuning
@@ -22,25 +22,11 @@ def attention(q, pages, table, lengths):
     return combine.combine(*parts, lengths, sizes, q.dtype)[0]
 
 
-@pytest.fixture(scope="module")
-def sound():
-    return jax.jit(attention, compiler_options=QUICK)
+TRIAL = Trial(attention, CASE)
 
 
-def run(attention, operands=CASE.operands):
-    """Largest relative error of an output against float64, and whether a race was found."""
-    with interpreter() as has_raced:
-        out = jax.block_until_ready(attention(*operands))
-        return relative_errors(out, CASE.dense()[0]).max(), has_raced()
-
-
-def run_faulty():
-    """`run` of the kernel as it has been changed since."""
-    return run(jax.jit(lambda *operands: attention(*operands), compiler_options=QUICK))
-
-
-def test_the_kernel_without_a_fault_is_not_accused(sound):
-    error, has_raced = run(sound)
+def test_the_kernel_without_a_fault_is_not_accused():
+    error, has_raced = TRIAL.run()
     assert error < RELATIVE_ERROR["bfloat16"]
     assert not has_raced
 
@@ -55,8 +41,8 @@ def test_the_kernel_without_a_fault_is_not_accused(sound):
         pytest.param(CASE.with_other(lengths=CASE.lengths - 1), id="a key too few"),
     ],
 )
-def test_operands_that_are_off_are_noticed(faulty, sound):
-    error, _ = run(sound, faulty.operands)
+def test_operands_that_are_off_are_noticed(faulty):
+    error, _ = TRIAL.run(faulty)
     assert not error < 4 * RELATIVE_ERROR["bfloat16"], error  # NaN is noticed too
 
 
@@ -103,17 +89,17 @@ class MissingWait(decode._Block):
 
 def test_a_slot_released_too_early_is_noticed(monkeypatch):
     monkeypatch.setattr(decode, "_Block", EarlyRelease)
-    error, has_raced = run_faulty()
+    error, has_raced = TRIAL.run_faulty()
     assert has_raced, error
 
 
 def test_a_result_that_is_not_committed_is_noticed(monkeypatch):
     monkeypatch.setattr(decode, "_Block", MissingCommit)
-    error, has_raced = run_faulty()
+    error, has_raced = TRIAL.run_faulty()
     assert has_raced, error
 
 
 def test_a_load_that_is_not_waited_for_is_noticed(monkeypatch):
     monkeypatch.setattr(decode, "_Block", MissingWait)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no threads observed phase"):
-        run_faulty()
+        TRIAL.run_faulty()

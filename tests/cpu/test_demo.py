@@ -12,7 +12,8 @@ from duetjax import LLM, SamplingParams
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 QUIZ = json.loads((DEMO / "questions.json").read_text())
-ENGINE = {"max_num_seqs": 32, "max_num_batched_tokens": 256}
+ENGINE = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
+"""The sizes of test_llm: its programs are in the store."""
 
 
 def answers(llm, kind):

@@ -34,6 +34,8 @@ LAYOUT = KVLayout(128, 16, 2, 64, 2, "bfloat16")
 RENEW = "run `make check-device` and commit the table"
 ONE_GPU_EACH = tuple({model: (model, gpu) for model, gpu in reversed(PAIRS)}.values())
 """Lowering knows the model and not the GPU, so that one GPU's programs stand for the others'."""
+COMPILED = tuple(names for names in PAIRS if names[0] != "qwen3-14b")
+"""Qwen3 14B is Qwen3 8B with other numbers."""
 
 
 def written(kv, new, place):
@@ -206,7 +208,7 @@ def test_programs_that_the_table_does_not_describe_keep_the_rules(names):
 
 @pytest.mark.parametrize(
     ("pair", "key"),
-    [(Pair(*names), SAMPLED) for names in PAIRS] + [(Pair(*PAIRS[0]), (Program.PREFILL, 512))],
+    [(Pair(*names), SAMPLED) for names in COMPILED] + [(Pair(*PAIRS[0]), (Program.PREFILL, 512))],
     ids=lambda value: value.name if isinstance(value, Pair) else key_name(value),
 )
 def test_a_serving_program_compiles_to_what_the_table_says(pair, key):

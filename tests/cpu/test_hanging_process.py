@@ -9,6 +9,7 @@ from server_process import metric, serving
 
 HERE = Path(__file__).parent
 PATIENCE = 60  # seconds
+SIZES = ("--max-num-seqs", "2", "--max-num-batched-tokens", "128")  # few programs
 DEMO_BODY = {
     "model": "duetjax-demo",
     "prompt": "Once",
@@ -66,7 +67,8 @@ STUCK_LANE = "executor.Chain.dispatch = hanging(executor.Chain.dispatch)"
     ],
 )
 def test_what_never_comes_back_ends_the_stream_the_health_and_the_process(program, seconds, body):
-    with serving("--watchdog-s", seconds, program=("-c", program)) as (process, url):
+    flags = ("--watchdog-s", seconds, *SIZES)
+    with serving(*flags, program=("-c", program)) as (process, url):
         with httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE) as client:
             assert client.get("/health").status_code == 200
             stream = client.post("/v1/completions", json=body).text

@@ -5,7 +5,6 @@ import itertools
 import logging
 import threading
 from collections import Counter
-from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -132,27 +131,15 @@ def test_pages_neither_move_nor_change_hands_in_a_thousand_launches(engine):
 # The same tokens.
 
 
-@cache
-def plans():
-    """What became of the requests of all plans, one after another on the same engine."""
-    engine, counts, requests = Engine(), Counter(), []
+def test_whatever_is_planned_requests_get_the_tokens_that_they_get_alone(engine):
+    """And the plans have everything that could change tokens."""
+    counts, same = Counter(), []
     for seed in PLANS:
         plan = Plan(seed, engine.lanes, engine.deliveries).play()
         counts += plan.happened()
-        requests += [(seed, asked) for asked in plan.asked.values()]
-    engine.close()
-    return requests, counts
-
-
-def test_whatever_is_planned_requests_get_the_tokens_that_they_get_alone():
-    requests, _ = plans()
-    same = [asked.check() for seed, asked in requests]
+        same += [asked.check() for asked in plan.asked.values()]
     assert len(same) > 4 * len(PLANS)
     assert sum(same) > 0.99 * len(same)
-
-
-def test_the_plans_have_everything_that_could_change_tokens():
-    _, counts = plans()
     assert {f"k={k}" for k in range(1, 17)} <= counts.keys()
     wanted = {
         "handovers": 200,

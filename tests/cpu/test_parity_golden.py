@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import tiny
+from paged_case import QUICK
 
 from duetjax.checkpoint.huggingface import read_weights
 from duetjax.checkpoint.source import resolve_model
@@ -32,7 +33,8 @@ def dense_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     definition = Definition(resolve_model(str(folder)).config, dtype)
     weights = read_weights(folder, definition.fusion.shapes, np.dtype(jnp.dtype(dtype)))
     arrays = {name: jnp.asarray(value) for name, value in definition.fusion.fuse(weights)}
-    return np.asarray(jax.jit(_logits, static_argnums=0)(definition, arrays, tokens))
+    run = jax.jit(_logits, static_argnums=0, compiler_options=QUICK)
+    return np.asarray(run(definition, arrays, tokens))
 
 
 def _logits(definition: Definition, arrays, tokens):

@@ -1,6 +1,7 @@
 """The serving programs against Hugging Face transformers: pages, chunks, preemption included."""
 
 import queue
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from compare import assert_same_choices, assert_same_generations
 from golden import tiny
+from paged_case import QUICK
 
 from duetjax.build_device import build_engine
 from duetjax.checkpoint.huggingface import read_weights
@@ -37,9 +39,12 @@ def golden(name):
 
 
 def paged_logits(folder: Path, tokens: np.ndarray, dtype: str, chunks: list[int]) -> np.ndarray:
-    """Logits [N, V] of tokens fed in chunks through pages in shuffled order."""
+    """Logits [N, V] of tokens fed in chunks through pages in shuffled order.
+
+    All chunks are padded to N tokens, so that whatever they are they need one program.
+    """
     config = resolve_model(str(folder)).config
-    definition = Definition(config, dtype)
+    definition = definition_of(config, dtype)
     weights = read_weights(folder, definition.fusion.shapes, np.dtype(jnp.dtype(dtype)))
     fused = definition.fusion.fuse(weights)
     leaves = definition.ordered({k: jnp.asarray(v) for k, v in fused})
@@ -47,19 +52,22 @@ def paged_logits(folder: Path, tokens: np.ndarray, dtype: str, chunks: list[int]
     layout = KVLayout.of(config, num_pages + 1, PAGE, dtype)
     kv = [jnp.zeros(layout.shape, dtype) for _ in range(layout.num_arrays)]
     table = np.random.default_rng(0).permutation(np.arange(1, num_pages + 1))[None]
-    step = jax.jit(_chunk, static_argnums=(0, 1))
     rows, start = [], 0
     for count in chunks:
-        padded = np.zeros(max(chunks), np.int32)
+        padded = np.zeros(len(tokens), np.int32)
         padded[:count] = tokens[start : start + count]
         span = np.array([start, count], np.int32)
-        kv, logits = step(definition, config, leaves, kv, padded, span, table)
+        kv, logits = _chunk(definition, config, leaves, kv, padded, span, table)
         rows.append(np.asarray(logits)[:count])
         start += count
     assert start == len(tokens), f"chunks cover {start} of {len(tokens)} tokens"
     return np.concatenate(rows)
 
 
+definition_of = cache(Definition)
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def _chunk(definition: Definition, config: ModelConfig, leaves, kv, tokens, span, table):
     start, count = span
     index = jnp.arange(tokens.shape[0])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from paged_case import QUICK, RELATIVE_ERROR, PrefillCase, interpreter, relative_errors
+from paged_case import RELATIVE_ERROR, PrefillCase, Trial
 
 from pallas_kernels import prefill
 from pallas_kernels.prefill_block import K, V
@@ -23,25 +23,11 @@ def attention(q, pages, table, rows):
     return prefill.prefill_tiles(q, pages, table, work, sizes)[0]
 
 
-@pytest.fixture(scope="module")
-def sound():
-    return jax.jit(attention, compiler_options=QUICK)
+TRIAL = Trial(attention, CASE)
 
 
-def run(attention, operands=CASE.operands):
-    """Largest relative error of an output against float64, and whether a race was found."""
-    with interpreter() as has_raced:
-        out = jax.block_until_ready(attention(*operands))
-        return relative_errors(out, CASE.dense()[0]).max(), has_raced()
-
-
-def run_faulty():
-    """`run` of the kernel as it has been changed since."""
-    return run(jax.jit(lambda *operands: attention(*operands), compiler_options=QUICK))
-
-
-def test_the_kernel_without_a_fault_is_not_accused(sound):
-    error, has_raced = run(sound)
+def test_the_kernel_without_a_fault_is_not_accused():
+    error, has_raced = TRIAL.run()
     assert error < RELATIVE_ERROR["bfloat16"]
     assert not has_raced
 
@@ -59,8 +45,8 @@ def test_the_kernel_without_a_fault_is_not_accused(sound):
         ),
     ],
 )
-def test_operands_that_are_off_are_noticed(faulty, sound):
-    error, _ = run(sound, faulty.operands)
+def test_operands_that_are_off_are_noticed(faulty):
+    error, _ = TRIAL.run(faulty)
     assert not error < 4 * RELATIVE_ERROR["bfloat16"], error  # NaN is noticed too
 
 
@@ -106,14 +92,14 @@ class MissingWaitForSlot(prefill.Loader):
 @pytest.mark.parametrize("faulty", [EarlyRelease, MissingCommit])
 def test_memory_that_is_handed_on_too_early_is_noticed(faulty, monkeypatch):
     monkeypatch.setattr(prefill, "_Attention", faulty)
-    error, has_raced = run_faulty()
+    error, has_raced = TRIAL.run_faulty()
     assert has_raced, error
 
 
 def test_a_slot_that_is_filled_before_it_is_free_is_noticed(monkeypatch):
     monkeypatch.setattr(prefill, "Loader", MissingWaitForSlot)
     try:
-        _, is_noticed = run_faulty()
+        _, is_noticed = TRIAL.run_faulty()
     except jax.errors.JaxRuntimeError:  # a barrier was passed that others still wait at
         is_noticed = True
     assert is_noticed
@@ -122,4 +108,4 @@ def test_a_slot_that_is_filled_before_it_is_free_is_noticed(monkeypatch):
 def test_a_load_that_is_not_waited_for_is_noticed(monkeypatch):
     monkeypatch.setattr(prefill, "_Attention", MissingWait)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no threads observed phase"):
-        run_faulty()
+        TRIAL.run_faulty()

@@ -25,7 +25,7 @@ from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import JaxDevice
 from duetjax.runtime.programs import Buckets, Programs
 from duetjax.runtime.slot_state import PARAMS, HostTables, SlotShapes, unpack
-from duetjax.runtime.store import ProgramStore
+from duetjax.runtime.store import ProgramStore, default_folder
 from duetjax.runtime.target import local_target
 from pallas_kernels import xla
 
@@ -60,7 +60,7 @@ def programs():
 
 @cache
 def executables():
-    made = Compiler(local_target(), ProgramStore(None)).compile(programs().lowered())
+    made = Compiler(local_target(), ProgramStore(default_folder())).compile(programs().lowered())
     return {key: program.executable for key, program in made}
 
 

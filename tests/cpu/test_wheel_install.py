@@ -133,17 +133,23 @@ def test_doctor_says_that_the_launcher_is_missing(
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler here")
-def test_an_editable_install_has_the_launcher(tree: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", "--system-site-packages", "env", cwd=tmp_path)
-    pip = tmp_path / "env/bin/python", "-m", "pip", "--disable-pip-version-check", "install"
+def test_an_editable_install_has_the_launcher(tree: Path, scripts: Path, tmp_path: Path) -> None:
+    bare = "--without-pip", "--system-site-packages"
+    run(sys.executable, "-m", "venv", *bare, "env", cwd=tmp_path)
+    python = tmp_path / "env/bin/python"
+    pip = scripts / "python", "-m", "pip", "--disable-pip-version-check", "--python", python
+    quick = tmp_path / "cc"
+    quick.write_text('#!/bin/sh\nexec gcc "$@" -O0\n')
+    quick.chmod(0o755)
     (setuptools,) = {str(distribution("setuptools").locate_file(""))}
     run(
-        *(*pip, "--no-deps", "--no-index", "--no-build-isolation", "-e", tree),
+        *(*pip, "install", "--no-deps", "--no-index", "--no-build-isolation", "-e", tree),
         cwd=tmp_path,
         PYTHONPATH=setuptools,
+        CC=str(quick),
     )
     show = "from duetjax import _launcher; print(_launcher.__file__)"
-    where = run(tmp_path / "env/bin/python", "-c", show, cwd=tmp_path)
+    where = run(python, "-c", show, cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(tree)
 
 

@@ -107,12 +107,25 @@ def _call(method, operands, fault):
 @cache
 def _kernels():
     """The kernels' module; in it the interpreter wants functions that see Triton, or plain ones."""
+    from triton.runtime.interpreter import interpreter_builder
+
     from pallas_kernels import triton_kernels
 
+    interpreter_builder.create_dot = _dot
     for name, function in vars(triton_index).items():
         if isinstance(function, types.FunctionType) and hasattr(triton_kernels, f"_{name}"):
             setattr(triton_kernels, f"_{name}", function)
     return triton_kernels
+
+
+def _dot(a, b, before, *_):
+    """A product of the interpreter's tensors, added to what was before.
+
+    In float64 sums of products of float16 are exact. In float32 their last bits would depend on
+    the row of the matrix that they are in: BLAS orders them as it likes.
+    """
+    product = a.data.astype(np.float64) @ b.data.astype(np.float64)
+    return type(before)(product.astype(before.data.dtype) + before.data, before.dtype.scalar)
 
 
 def _interpret(*operands, kernel, out_type, grid, **named):
