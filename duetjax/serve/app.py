@@ -23,10 +23,13 @@ from duetjax.serve.completions import prepare_completion
 from duetjax.serve.context import Context, Service
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.endpoint import GenerationEndpoint
-from duetjax.serve.errors import HttpError, handle_fault, model_not_found, not_running
+from duetjax.serve.errors import HttpError, handle_fault, model_not_found
+from duetjax.serve.limits import limits
 from duetjax.serve.metrics import Metrics
+from duetjax.serve.probes import probes
 from duetjax.serve.queue_bound import QueueBound
 from duetjax.serve.request_ids import RequestIds
+from duetjax.serve.tokenization import TokenizationEndpoint, detokenize, tokenize
 
 
 def create_app(service: Service) -> Starlette:
@@ -80,7 +83,10 @@ def _routes(context: Context) -> list[Route]:
         ),
         Route("/v1/models", partial(_list_models, service)),
         Route("/v1/models/{id:path}", partial(_show_model, service)),
-        Route("/health", partial(_show_health, context)),
+        Route("/v1/limits", partial(_show_limits, service)),
+        Route("/tokenize", TokenizationEndpoint(context, tokenize).answer, methods=["POST"]),
+        Route("/detokenize", TokenizationEndpoint(context, detokenize).answer, methods=["POST"]),
+        *probes(context),
         Route("/metrics", partial(_show_metrics, context)),
     ]
 
@@ -97,15 +103,8 @@ async def _show_model(service: Service, request: Request) -> Response:
     return _json(_model(service, name))
 
 
-async def _show_health(context: Context, request: Request) -> Response:
-    """Whether work can be done here, however busy the engine is."""
-    client = context.service.client
-    if client.failure is not None:  # also while it drains: this server will not come back
-        raise HttpError(503, "engine_dead", not_running(client))
-    context.admission.check_open()
-    if not client.is_healthy:
-        raise HttpError(503, "engine_dead", not_running(client))
-    return _json({"status": "ok"})
+async def _show_limits(service: Service, request: Request) -> Response:
+    return _json(limits(service))
 
 
 async def _show_metrics(context: Context, request: Request) -> Response:

@@ -11,7 +11,7 @@ from duetjax.serve.context import Service
 from duetjax.serve.errors import model_not_found
 from duetjax.serve.protocol import GenerationBody
 
-_MAX_CHOICES = 64
+MAX_CHOICES = 64
 # Parameters that the model's defaults stand in for.
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -119,7 +119,7 @@ def check_model(service: Service, name: str) -> None:
 
 def check_characters(service: Service, num_characters: int, param: str) -> None:
     """Refuses text that cannot fit, before time is spent on tokenising it."""
-    limit = 8 * service.max_model_len
+    limit = service.max_characters
     if num_characters > limit:
         raise InvalidRequest(
             f"the prompt has {num_characters} characters; at most {limit} (8 per token of"
@@ -131,10 +131,10 @@ def check_characters(service: Service, num_characters: int, param: str) -> None:
 
 def check_count(num_prompts: int, n: int) -> None:
     """Bounds the work one request may ask for; before anything is multiplied."""
-    if num_prompts * n > _MAX_CHOICES:
+    if num_prompts * n > MAX_CHOICES:
         raise InvalidRequest(
             f"{num_prompts} prompts with n {n} make {num_prompts * n} choices;"
-            f" at most {_MAX_CHOICES} per request",
+            f" at most {MAX_CHOICES} per request",
             param="n",
         )
 
@@ -154,7 +154,7 @@ def make_choices(
     """
     requests: list[NewRequest] = []
     for number, prompt in enumerate(prompts):
-        _check_ids(service, prompt, body.prompt_field)
+        check_ids(service, prompt, body.prompt_field)
         requests += new_requests(
             f"{call_id}-{number}",
             prompt,
@@ -173,7 +173,7 @@ def _sampling(
     prompt: tuple[int, ...],
     usual_max_tokens: int | None,
 ) -> SamplingParams:
-    _check_ids(service, body.stop_token_ids, "stop_token_ids")
+    check_ids(service, body.stop_token_ids, "stop_token_ids")
     asked = {name: getattr(body, name) for name in _RECOMMENDED}
     params = replace(
         service.defaults,
@@ -191,7 +191,7 @@ def _sampling(
         logprobs=body.asked_logprobs,
         **{name: value for name, value in asked.items() if value is not None},
     )
-    _check_ids(service, [token for token, _ in params.biases], "logit_bias")
+    check_ids(service, [token for token, _ in params.biases], "logit_bias")
     return params
 
 
@@ -214,7 +214,7 @@ def _fit(service: Service, body: GenerationBody, prompt: tuple[int, ...], usual:
     return left if usual is None else min(usual, left)
 
 
-def _check_ids(service: Service, ids: Sequence[int], param: str) -> None:
+def check_ids(service: Service, ids: Sequence[int], param: str) -> None:
     """The device clamps an index out of range silently, so none may reach it."""
     if ids and not (min(ids) >= 0 and max(ids) < service.vocab_size):
         wrong = next(t for t in ids if not 0 <= t < service.vocab_size)

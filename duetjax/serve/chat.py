@@ -11,7 +11,7 @@ from duetjax.serve.call import Call, Delta, check_characters, check_model, make_
 from duetjax.serve.context import Service
 from duetjax.serve.errors import HttpError
 from duetjax.serve.logprobs import chat_logprobs
-from duetjax.serve.protocol import ChatBody, ignored_header
+from duetjax.serve.protocol import ChatBody, Message, ignored_header
 from duetjax.text.tokenizer import Tokenizer
 
 
@@ -22,9 +22,7 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
     """
     body = ChatBody.parse(given)
     check_model(service, body.model)
-    messages = [message.as_template_value() for message in body.messages]
-    check_characters(service, sum(len(m["content"]) for m in messages), "messages")
-    prompt = _encode(service, messages, body.chat_template_kwargs)
+    prompt = tuple(encode_messages(service, body.messages, body.chat_template_kwargs))
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     choices = make_choices(service, body, call_id, [prompt], usual_max_tokens=None)
     reply = ChatReply(
@@ -43,14 +41,22 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
     )
 
 
-def _encode(
-    service: Service, messages: list[dict[str, str]], template_kwargs: dict[str, bool | str]
-) -> tuple[int, ...]:
+def encode_messages(
+    service: Service,
+    messages: Sequence[Message],
+    template_kwargs: dict[str, bool | str],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation; raises `InvalidRequest`, or 400 where the template fails."""
+    values = [message.as_template_value() for message in messages]
+    check_characters(service, sum(len(value["content"]) for value in values), "messages")
     try:
-        ids = service.tokenizer.encode_chat(messages, template_kwargs=template_kwargs)
+        return service.tokenizer.encode_chat(
+            values, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
     except ModelFolderError as error:  # a 5xx would make clients ask again, in vain
         raise HttpError(400, "chat_template_failed", str(error), param="messages") from None
-    return tuple(ids)
 
 
 @dataclass(frozen=True, slots=True)

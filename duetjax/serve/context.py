@@ -39,6 +39,11 @@ class Service:
     max_num_queued_reqs: int | None = None
     watchdog_s: float = 0.0
 
+    @property
+    def max_characters(self) -> int:
+        """Of a prompt, before it is tokenised: no text of so many could fit."""
+        return 8 * self.max_model_len
+
 
 @dataclass(frozen=True, slots=True)
 class Context:

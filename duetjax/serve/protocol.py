@@ -24,6 +24,13 @@ from duetjax.config import (
     InvalidRequest,
 )
 
+MAX_N = 8
+MAX_PROMPTS = 32
+MAX_MESSAGES = 1024
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+MAX_COMPLETION_LOGPROBS = 5
+"""Of what one request may hold."""
+
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
@@ -37,7 +44,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 _WITHOUT_EFFECT = ("user",)
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """An object of a request; what it does not know it keeps, to be named to the caller."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
@@ -55,12 +62,20 @@ class _Body(BaseModel):
         for name in type(self).model_fields:
             value = getattr(self, name)
             for index, item in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(item, _Body):
+                if isinstance(item, Body):
                     path = f"{name}[{index}]" if isinstance(value, list) else name
                     yield from (f"{path}.{field}" for field in item.unknown_fields())
 
 
-class StreamOptions(_Body):
+def parsed[B: Body](kind: type[B], given: Mapping[str, Any]) -> B:
+    """A body of a kind; `InvalidRequest` names the first field at fault."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(error.errors(include_url=False)[0]) from None
+
+
+class StreamOptions(Body):
     """What a stream carries beside its chunks."""
 
     include_usage: bool = False
@@ -70,8 +85,10 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise ValueError("must be a non-empty string or a list of them")
-    if len(strings) > 4 or any(len(s) > 256 for s in strings):
-        raise ValueError("may have at most 4 strings of at most 256 characters")
+    if len(strings) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in strings):
+        raise ValueError(
+            f"may have at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters"
+        )
     return tuple(strings)
 
 
@@ -84,7 +101,7 @@ def _biases(value: object) -> dict[str, Any]:
     return value
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """The fields that both generating routes share; ranges are `SamplingParams`' business."""
 
     prompt_field: ClassVar[str]  # where the prompt stands, for errors about its length
@@ -106,7 +123,7 @@ class GenerationBody(_Body):
     stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=MAX_STOP_IDS)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    n: int = Field(default=1, ge=1, le=8)
+    n: int = Field(default=1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -119,13 +136,10 @@ class GenerationBody(_Body):
         given = {k: v for k, v in body.items() if v is not None and k not in _WITHOUT_EFFECT}
         for name in [name for name in _NEUTRAL if name in given]:
             _check_neutral(name, given.pop(name))
-        try:
-            parsed = cls.model_validate(given)
-        except ValidationError as error:
-            raise _invalid(error.errors(include_url=False)[0]) from None
-        if parsed.stream_options is not None and not parsed.stream:
+        checked = parsed(cls, given)
+        if checked.stream_options is not None and not checked.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
-        return parsed
+        return checked
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -146,8 +160,6 @@ class GenerationBody(_Body):
 
 type PromptInput = tuple[str | tuple[int, ...], ...]
 
-_MAX_PROMPTS = 32
-
 
 def _prompts(value: object) -> PromptInput:
     """Every spelling of prompt as a tuple of texts or of token id tuples."""
@@ -157,8 +169,8 @@ def _prompts(value: object) -> PromptInput:
         raise ValueError("must be a string, or a non-empty list of strings or of token ids")
     if type(value[0]) is int:
         return (_token_ids(value),)
-    if len(value) > _MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} prompts; at most {_MAX_PROMPTS} per request")
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} per request")
     if all(isinstance(prompt, str) for prompt in value):
         return tuple(value)
     if all(isinstance(prompt, list) and prompt for prompt in value):
@@ -180,7 +192,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[PromptInput, PlainValidator(_prompts)]
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -214,7 +226,7 @@ def _text(value: object) -> str:
     return "\n".join(part["text"] for part in value)
 
 
-class Message(_Body):
+class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -240,7 +252,7 @@ class ChatBody(GenerationBody):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     chat_template_kwargs: dict[str, bool | str] = {}
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0

@@ -9,6 +9,7 @@ from duetjax.engine import EngineClient
 from duetjax.serve.errors import HttpError
 
 _LONGEST_SECONDS = 60
+_HIGH_WATER, _LOW_WATER = 0.9, 0.5
 
 
 class QueueBound:
@@ -22,6 +23,7 @@ class QueueBound:
         self._client = client
         self._most = None if max_queued is None else client.num_slots + max_queued
         self._refused = refused
+        self._waits_for_low_water = False
 
     def check(self, count: int) -> None:
         """Raises a 429 where `count` generations more are too many now; 400 where they always are.
@@ -37,10 +39,11 @@ class QueueBound:
                 " at once, running and waiting",
                 param="n",
             )
+        self.why_full()  # between two looks of a probe it may have been
         live = self._client.num_live
         if live + count > self._most:
             self._refused.inc()
-            seconds = self._seconds()
+            seconds = self.seconds()
             raise HttpError(
                 429,
                 "queue_full",
@@ -49,7 +52,24 @@ class QueueBound:
                 headers={"retry-after": str(seconds)},
             )
 
-    def _seconds(self) -> int:
+    def why_full(self) -> str | None:
+        """Why to send work elsewhere, in words; None where there is no reason.
+
+        From high water on, nine tenths of the queue, until it has gone down to low water, a half.
+        """
+        if self._most is None:
+            return None
+        live, slots = self._client.num_live, self._client.num_slots
+        high = slots + math.ceil(_HIGH_WATER * (self._most - slots))
+        low = min(high - 1, slots + int(_LOW_WATER * (self._most - slots)))
+        if live >= high or live <= low:
+            self._waits_for_low_water = live >= high
+        if not self._waits_for_low_water:
+            return None
+        return f"{live} generations run or wait; ready again at {low}"
+
+    def seconds(self) -> int:
+        """The predicted time until all prompts before have been computed, from 1 to 60 s."""
         predicted_ms = self._client.stats().predicted_ttft_ms
         if predicted_ms is None:
             return 1

@@ -14,7 +14,8 @@ from duetjax.serve.auth import PUBLIC_PATHS
 from duetjax.serve.body import MAX_BODY_BYTES
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
-READABLE = ("/v1/models", f"/v1/models/{MODEL}", "/v1/models/abc/alias", "/health", "/metrics")
+MODELS = ("/v1/models", f"/v1/models/{MODEL}", "/v1/models/abc/alias")
+READABLE = (*MODELS, "/v1/limits", "/livez", "/readyz", "/health", "/metrics")
 
 
 @pytest.fixture(autouse=True)
