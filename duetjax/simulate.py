@@ -141,8 +141,10 @@ def run_and_watch(
     device, workload = _device(setup, case), _workload(setup)
     if case.rate is not None:
         workload = at_rate(workload, case.rate)
-        if (times := ceil(case.least_seconds * case.rate / len(workload))) > 1:
-            workload = at_rate(repeated(workload, times), case.rate)
+        count = ceil(case.least_seconds * case.rate)
+        if count > len(workload):
+            again = repeated(workload, ceil(count / len(workload)))[:count]
+            workload = at_rate(again, case.rate)
     most_missed = None if target is None else floor(len(workload) * (1 - target) + 1e-6)
     scheduler, truth = _scheduler(setup, case, device)
     result = simulate_once(scheduler, truth, workload, case.objectives, most_missed=most_missed)
