@@ -13,10 +13,10 @@ from typing import Any
 from duetjax.config import ConfigError
 from duetjax.simulate import (
     DISAGGREGATED,
-    POLICIES,
     Case,
     Figures,
     Setup,
+    check_policy,
     fits,
     highest_rate,
     run_all,
@@ -83,8 +83,7 @@ def plan(request: PlanRequest) -> list[Ranked]:
     if not 1 <= request.gpus <= 1024:
         raise ConfigError(f"--gpus {request.gpus} must be from 1 to 1024")
     for policy in request.policies:
-        if policy not in POLICIES:
-            raise ConfigError(f"--policy {policy}: choose from {', '.join(POLICIES)}")
+        check_policy(policy)
     if not 0 < request.attainment < 1:
         raise ConfigError(f"--attainment {request.attainment:g} must be above 0 and below 1")
     if request.price is not None and not 0 < request.price < 1e6:

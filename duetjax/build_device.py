@@ -19,7 +19,6 @@ from duetjax.checkpoint.weights import read_weights
 from duetjax.config import EngineConfig, ModelConfig
 from duetjax.devices import Device, Parts, Ready, find_device
 from duetjax.engine import EngineClient
-from duetjax.model.decoder import Definition
 from duetjax.planning import make_planning, read_profiles, wanted_splits
 from duetjax.policy.limits import SchedulerLimits, decode_buckets, prefill_buckets
 from duetjax.policy.memory import DeviceMemory, check_free, kv_bytes
@@ -81,10 +80,9 @@ def _plan(
     """The programs to compile and the memory they will serve from, before any of it is taken."""
     dtype = config.dtype if engine.dtype == "auto" else engine.dtype
     itemsize = np.dtype(jnp.dtype(dtype)).itemsize
-    shapes = Definition(config, dtype).fusion.shapes.values()
     memory = DeviceMemory(
         total=device.memory,
-        weights=sum(math.prod(shape) for shape in shapes) * itemsize,
+        weights=config.num_parameters * itemsize,
         slots=0,
         temporaries=0,
     )

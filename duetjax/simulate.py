@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from duetjax.checkpoint.source import check_context, resolve_model
+from duetjax.checkpoint.source import ModelSource, check_context, resolve_model
 from duetjax.config import ConfigError, EngineConfig, PolicyName
 from duetjax.planning import make_policy
 from duetjax.policy.duet import Disaggregated
@@ -220,6 +220,12 @@ def _compute_bound(setup: Setup, case: Case) -> float:
     return device.hardware.curve[-1].flops_per_s / (cost.flops / bucket * tokens)
 
 
+def check_policy(name: str) -> None:
+    """Raises `ConfigError` for one that there is not."""
+    if name not in POLICIES:
+        raise ConfigError(f"--policy {name}: choose from {', '.join(POLICIES)}")
+
+
 def fits(setup: Setup, case: Case) -> None:
     """Raises `ConfigError` where the model does not fit, or cannot be shared so."""
     _device(setup, case)
@@ -261,8 +267,8 @@ def _workload(setup: Setup) -> list[Arrival]:
 
 
 @cache
-def _profiles(setup: Setup) -> tuple[Any, ModelProfile | None, HardwareProfile]:
-    """The model's configuration, its shipped profile if there is one, and the hardware's."""
+def _profiles(setup: Setup) -> tuple[ModelSource, ModelProfile | None, HardwareProfile]:
+    """The model, its shipped profile if there is one, and the hardware's."""
     source = resolve_model(setup.model, load_format="dummy")
     profile = None
     if source.name in shipped(Kind.MODEL):

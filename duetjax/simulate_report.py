@@ -18,11 +18,11 @@ from duetjax.sim.ledger import LATE_SHARE, Objectives
 from duetjax.sim.simulation import Timeline
 from duetjax.simulate import (
     DISAGGREGATED,
-    POLICIES,
     TARGETS,
     Case,
     Figures,
     Setup,
+    check_policy,
     hardware_of,
     highest_rate,
     mean_rate_of,
@@ -105,8 +105,7 @@ def simulate(request: SimulateRequest) -> Report:
     setup, objectives = setup_of(request), objectives_of(request)
     policies = [name.strip() for name in request.policy.split(",")]
     for name in policies:
-        if name not in POLICIES:
-            raise ConfigError(f"--policy {name}: choose from {', '.join(POLICIES)}")
+        check_policy(name)
     rates = _rates(request, setup)
     cases = [Case(policy, objectives, rate) for policy, rate in product(policies, rates)]
     jobs = request.jobs or os.cpu_count() or 1
@@ -114,7 +113,7 @@ def simulate(request: SimulateRequest) -> Report:
     if request.sweep:
         wanted = [(case, target) for case in cases[:: len(rates)] for target in TARGETS]
         swept = tuple(shown(run_all(partial(_sweep, setup), wanted, jobs), len(wanted)))
-    rows = list(shown(run_all(partial(_row, setup), cases, jobs), len(cases)))
+    rows = list(shown(run_all(partial(run_and_watch, setup), cases, jobs), len(cases)))
     return Report(
         request,
         setup,
@@ -244,8 +243,6 @@ def setup_of(request: SimulateRequest) -> Setup:
         look_ahead=request.look_ahead,
         split=request.split or (quarter, hardware.cores - quarter),
     )
-    if request.tensor_parallel < 1:
-        raise ConfigError(f"--tensor-parallel {request.tensor_parallel} must be at least 1")
     if not 0 <= request.noise <= 1:
         raise ConfigError(f"--noise {request.noise:g} must be from 0 to 1")
     return Setup(
@@ -294,10 +291,6 @@ def _numbers(rates: str) -> list[float]:
     if not all(0 < number < 1e6 for number in numbers):
         raise ConfigError(f"--rate {rates}: give requests/s above 0, such as 5 or 5,10,20")
     return numbers
-
-
-def _row(setup: Setup, case: Case) -> tuple[Figures, Timeline]:
-    return run_and_watch(setup, case)
 
 
 def _sweep(setup: Setup, wanted: tuple[Case, float]) -> Swept:

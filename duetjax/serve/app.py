@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,6 +17,7 @@ from starlette.routing import Route
 from duetjax.config import InvalidRequest
 from duetjax.serve.admission import Admission
 from duetjax.serve.auth import BearerAuth
+from duetjax.serve.body import json_response
 from duetjax.serve.chat import prepare_chat
 from duetjax.serve.completions import prepare_completion
 from duetjax.serve.context import Context, Service
@@ -93,18 +93,18 @@ def _routes(context: Context) -> list[Route]:
 
 async def _list_models(service: Service, request: Request) -> Response:
     models = [_model(service, name) for name in service.model_names]
-    return _json({"object": "list", "data": models})
+    return json_response({"object": "list", "data": models})
 
 
 async def _show_model(service: Service, request: Request) -> Response:
     name = request.path_params["id"]
     if name not in service.model_names:
         raise model_not_found(name, service.model_names)
-    return _json(_model(service, name))
+    return json_response(_model(service, name))
 
 
 async def _show_limits(service: Service, request: Request) -> Response:
-    return _json(limits(service))
+    return json_response(limits(service))
 
 
 async def _show_metrics(context: Context, request: Request) -> Response:
@@ -119,7 +119,3 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "duetjax",
         "max_model_len": service.max_model_len,
     }
-
-
-def _json(value: object) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")

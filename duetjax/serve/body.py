@@ -1,9 +1,10 @@
-"""Request bodies: bounded while they arrive, then JSON objects."""
+"""Request bodies, bounded while they arrive, then JSON objects; and JSON as an answer."""
 
 from typing import Any
 
 import orjson
 from starlette.requests import Request
+from starlette.responses import Response
 
 from duetjax.config import InvalidRequest
 from duetjax.serve.errors import HttpError
@@ -30,6 +31,11 @@ async def _read(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise _too_large()
     return bytes(body)
+
+
+def json_response(value: object) -> Response:
+    """An answer as JSON."""
+    return Response(orjson.dumps(value), media_type="application/json")
 
 
 def _too_large() -> HttpError:

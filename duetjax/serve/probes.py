@@ -1,13 +1,12 @@
 """What asks how the server is: /livez, /readyz and /health. None of them waits for the engine."""
 
 from functools import partial
-from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from duetjax.serve.body import json_response
 from duetjax.serve.context import Context
 from duetjax.serve.errors import HttpError, not_running
 
@@ -25,7 +24,7 @@ async def _live(context: Context, request: Request) -> Response:
     """Whether the process should go on; also while it drains."""
     _check_engine(context)
     silence = context.service.client.silence
-    return _json({"status": "ok", "silence_s": round(silence, 3)})
+    return json_response({"status": "ok", "silence_s": round(silence, 3)})
 
 
 async def _ready(context: Context, request: Request) -> Response:
@@ -35,13 +34,13 @@ async def _ready(context: Context, request: Request) -> Response:
     if full is not None:
         headers = {"retry-after": str(context.queue.seconds())}
         raise HttpError(503, "queue_full", full, headers=headers)
-    return _json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 async def _health(context: Context, request: Request) -> Response:
     """Whether work can be done here, however busy the engine is."""
     _check_health(context)
-    return _json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 def _check_health(context: Context) -> None:
@@ -55,7 +54,3 @@ def _check_engine(context: Context) -> None:
     client = context.service.client
     if client.failure is not None or not client.is_healthy:
         raise HttpError(503, "engine_dead", not_running(client))
-
-
-def _json(value: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")

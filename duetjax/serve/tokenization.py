@@ -4,13 +4,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import orjson
 from pydantic import FailFast, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from duetjax.config import InvalidRequest
-from duetjax.serve.body import read_json
+from duetjax.serve.body import json_response, read_json
 from duetjax.serve.call import check_characters, check_ids, check_model
 from duetjax.serve.chat import encode_messages
 from duetjax.serve.context import Context, Service
@@ -52,7 +51,7 @@ class TokenizationEndpoint:
         with self._context.admission.admit():
             body = await read_json(request)
             answer = await asyncio.to_thread(self._compute, self._context.service, body)
-        return Response(orjson.dumps(answer), media_type="application/json")
+        return json_response(answer)
 
 
 def tokenize(service: Service, given: dict[str, Any]) -> dict[str, Any]:
