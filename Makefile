@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-device gpu-check study lock newest
+.PHONY: help setup demo test lint types check-native check-device gpu-check study faults lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -44,6 +44,11 @@ BACKEND ?= cuda
 
 study: setup  ## simulate policies on Azure's traces (TRACES=DIR), write docs/results/study.md; goes on where it stopped
 	$(PY) benchmarks/study.py --traces "$(TRACES)"
+
+faults: $(VENV)/.installed-dev  ## attack servers with and without their guards, write docs/faults.md
+	rm -rf build/faults && mkdir -p build/faults
+	DUETJAX_FAULTS_OUT=build/faults $(PY) -m pytest -q -n 2 --dist loadfile $(wildcard tests/*/test_faults_*.py)
+	$(PY) tests/faults_page.py build/faults
 
 check-device: $(VENV)/.installed-dev  ## compile every program for GPUs that are absent, renew the table
 	$(PY) tests/cpu/device_table.py

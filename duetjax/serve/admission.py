@@ -31,6 +31,11 @@ class Admission:
             if not self._in_flight:
                 self._idle.set()
 
+    @property
+    def in_flight(self) -> int:
+        """Calls being answered."""
+        return self._in_flight
+
     def check_open(self) -> None:
         """Raises the 503 that new work and health checks get while the server drains."""
         if self._drain_ends is not None:

@@ -58,6 +58,11 @@ class Dispatcher:
         for request_id in ids:
             del self._queues[request_id]
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose outputs somebody waits for."""
+        return len(self._queues)
+
     def give_up(self, failure: HttpError) -> None:
         """Ends every call, present and to come, with `failure`."""
         self._failure = failure
