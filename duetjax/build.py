@@ -16,6 +16,7 @@ from duetjax.checkpoint.generation import GenerationDefaults
 from duetjax.checkpoint.source import LoadFormat, ModelSource, SourceKind, resolve_model
 from duetjax.config import ConfigError, DeviceName, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import EngineClient
+from duetjax.planning import check_profiles
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.text.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ def load(
     With --device sim there is neither, and it takes a moment.
     Raises `DuetJAXError` with one line for whatever the caller can mend.
     """
+    check_profiles(engine)
     is_simulated = engine.device == DeviceName.SIM
     load_format = request.load_format
     if is_simulated and load_format == LoadFormat.AUTO:

@@ -44,6 +44,7 @@ def build_engine(
     allocate.
     """
     compilations.install()
+    store = default_folder()
     device = find_device(engine)
     programs, memory, plan = _plan(source.config, engine, device)
     _log.info(
@@ -57,12 +58,13 @@ def build_engine(
     shapes = shape_profile(source.name, source.config, size, buckets, buckets.prefill_rows)
     profiles = read_profiles(engine, shapes)
     weights = _load_weights(source, programs, load_format, engine.seed)
-    ready = _compile(programs, device, memory, engine, programs.definition.ordered(weights))
+    leaves = programs.definition.ordered(weights)
+    ready = _compile(programs, device, memory, engine, leaves, ProgramStore(store))
     with _GraphBar() as bar:
         executor = device.run(ready, wanted_splits(engine, profiles), bar.show)
     if profiles is not None and profiles.model is shapes:
         profiles = replace(profiles, model=measured_profile(shapes, executor, profiles.hardware))
-    calibrations = default_folder().with_name("calibrations")
+    calibrations = store.with_name("calibrations")
     planning = make_planning(engine, profiles, limits, calibrations, device.splits)
     client = EngineClient(
         Scheduler(limits, planning.policy, planning.pace),
@@ -174,7 +176,7 @@ def _load_weights(
     bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None)
     with bar:
         for name, leaf in fusion.fuse(tensors):
-            weights[name] = jax.device_put(leaf)
+            weights[name] = jnp.array(leaf)  # a copy: others may write to the file it is mapped to
             bar.update(leaf.nbytes)
     return weights
 
@@ -185,10 +187,11 @@ def _compile(
     memory: DeviceMemory,
     engine: EngineConfig,
     weights: Leaves,
+    store: ProgramStore,
 ) -> Ready:
     """Every program's executable; refuses before anything is allocated if they need too much."""
     started, count = time.perf_counter(), len(programs.buckets) + len(Upkeep)
-    compiler = Compiler(programs.target, ProgramStore(default_folder()))
+    compiler = Compiler(programs.target, store)
     executables, temporaries = {}, {}
     _log.info("preparing %d programs", count)
     with tqdm(total=count, desc="programs", unit="program", disable=None) as bar:

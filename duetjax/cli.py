@@ -5,15 +5,17 @@ import atexit
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from duetjax.config import ConfigError, DuetJAXError, EngineConfig, PolicyName, SamplingParams, flag
+from duetjax.serve.limits import OFFLINE, Limits
 
 if TYPE_CHECKING:
     from duetjax.build import LoadedModel
@@ -37,12 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses a command line in one line, as everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"duetjax: error: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="duetjax", description=__doc__, epilog=_EPILOG)
+    parser = _Parser(prog="duetjax", description=__doc__, epilog=_EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser(
@@ -85,12 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds to finish in"
     )
     serve.add_argument(
-        "--max-num-queued-reqs",
-        type=int,
-        default=256,
-        metavar="N",
-        help="so many may wait for a slot, others get 429; 0: nobody waits; default: 256",
+        "--strict-params", action="store_true", help="refuse unknown parameters, with 400"
     )
+    serve.add_argument("--metrics-public", action="store_true", help="show /metrics without a key")
+    _add_limit_flags(serve)
     _add_engine_flags(serve)
     serve.set_defaults(run=_serve)
 
@@ -249,6 +256,20 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
 
 
+def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    for each in fields(Limits):
+        of_time = each.name.endswith(("_s", "_ms"))
+        note = "" if each.default is None else "; default: %(default)s"
+        group.add_argument(
+            flag(each.name),
+            type=float if of_time else int,
+            default=each.default,
+            metavar="MS" if each.name.endswith("_ms") else "S" if of_time else "N",
+            help=each.metadata["help"] + note,
+        )
+
+
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     default = EngineConfig()
     group = parser.add_argument_group("model and engine")
@@ -340,12 +361,18 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _max_model_len(text: str) -> int | None:
-    return None if text in ("auto", "-1") else int(text)
+    try:
+        return None if text in ("auto", "-1") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give tokens, or auto") from None
 
 
 def _split(text: str) -> tuple[int, int]:
-    decode, prefill = text.split("/")
-    return int(decode), int(prefill)
+    try:
+        decode, prefill = text.split("/")
+        return int(decode), int(prefill)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give cores as in 32/100") from None
 
 
 def _step_ms(text: str) -> tuple[float, float]:
@@ -411,7 +438,7 @@ def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
             plain = batch.PlainText(batch.CHAT if chat else batch.COMPLETIONS, chosen)
             until_full = replace(service.defaults, max_tokens=model.max_model_len)
             service = replace(service, defaults=until_full)
-        service = replace(service, watchdog_s=args.watchdog_s)
+        service = replace(service, limits=OFFLINE, watchdog_s=args.watchdog_s)
         requests = batch.read_requests(args.input, plain)
         with _shutting_down(model.engine):
             num_failed = run_batch(service, requests, output, total, 2 * args.max_num_seqs)
@@ -441,10 +468,14 @@ def _serve(args: argparse.Namespace) -> int:
     from duetjax.build import ModelRequest, load
     from duetjax.serve.server import HttpServer, bind
 
+    signal.signal(signal.SIGTERM, _end_by_signal)  # until the server drains on it
     if args.model and args.model_flag:
         raise ConfigError("name the model once: as an argument or with --model")
-    if args.max_num_queued_reqs < 0:
-        raise ConfigError(f"--max-num-queued-reqs {args.max_num_queued_reqs} must be at least 0")
+    if not args.host:
+        raise ConfigError("--host is empty; name an address, or 0.0.0.0 for all")
+    if not 0 <= args.shutdown_timeout <= 1e6:
+        raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout}: give seconds up to 10^6")
+    limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
     request = ModelRequest(
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
@@ -454,14 +485,38 @@ def _serve(args: argparse.Namespace) -> int:
         service = replace(
             service,
             api_key=args.api_key,
-            max_num_queued_reqs=args.max_num_queued_reqs,
+            limits=limits,
+            strict_params=args.strict_params,
+            metrics_public=args.metrics_public,
             watchdog_s=args.watchdog_s,
         )
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
         notice = f" ({model.notice})" if model.notice else ""
         with _shutting_down(model.engine):
-            server.run(lambda line: print(line + notice, flush=True))
+            server.run(lambda line: _announce(line + notice))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
     return 0
+
+
+def _end_by_signal(number: int, _frame: object) -> None:
+    """What SIGTERM does by default, also to the first process of a container."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    os._exit(128 + number)  # the kernel spares that one
+
+
+def _announce(line: str) -> None:
+    """Prints it where it can be printed; a server is none the worse where it cannot."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        _discard_output()
+        print(line, file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """From now on; what has not left yet included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

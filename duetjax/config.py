@@ -24,14 +24,23 @@ class ConfigError(DuetJAXError):
 
 
 class InvalidRequest(DuetJAXError):
-    """A request that can never be served as asked; `param` and `code` are OpenAI's error fields."""
+    """A request that can never be served as asked; `param` and `code` are OpenAI's error fields.
+
+    reason: what it is counted under; the code, where no limit of the server has a name for it.
+    """
 
     def __init__(
-        self, message: str, *, param: str | None = None, code: str = "invalid_value"
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_value",
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
+        self.reason = reason or code
 
 
 class RopeType(StrEnum):
@@ -454,13 +463,20 @@ MAX_STOP_IDS = 16  # end-of-sequence ids and stop_token_ids of one request toget
 MAX_LOGIT_BIAS = 64  # entries; the device's tables have this many columns
 MAX_LOGPROBS = 20
 
-_RANGES = {
+MAX_BIAS = 100
+RANGES = {
     "temperature": (0, 2),
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 2),  # a logit divided by less may overflow
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
 }
+"""Of the numbers of `SamplingParams`, ends included."""
+INTEGER_RANGES = {
+    "top_k": (-1, 2**31 - 1),
+    "seed": (-(2**63), 2**63 - 1),
+}
+"""Of its integers."""
 
 
 type _Biases = Mapping[int, float] | Mapping[str, float] | tuple[tuple[int, float], ...] | None
@@ -543,15 +559,15 @@ class SamplingParams:
         return bool(by_count) or self.repetition_penalty != 1
 
     def _check_choice(self) -> None:
-        for name, (low, high) in _RANGES.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             _check(_is_number(value, low, high), name, f"a number from {low} to {high}", value)
         wanted = "a number above 0 and at most 1"
         _check(_is_number(self.top_p, 0, 1) and self.top_p > 0, "top_p", wanted, self.top_p)
         wanted = "an integer of at least 1, or 0 or -1 to keep all tokens"
-        _check(_is_integer(self.top_k, -1, 2**31 - 1), "top_k", wanted, self.top_k)
+        _check(_is_integer(self.top_k, *INTEGER_RANGES["top_k"]), "top_k", wanted, self.top_k)
         wanted = "a 64-bit integer"
-        is_seed = self.seed is None or _is_integer(self.seed, -(2**63), 2**63 - 1)
+        is_seed = self.seed is None or _is_integer(self.seed, *INTEGER_RANGES["seed"])
         _check(is_seed, "seed", wanted, self.seed)
         wanted = f"an integer from 0 to {MAX_LOGPROBS}, or None"
         is_count = self.logprobs is None or _is_integer(self.logprobs, 0, MAX_LOGPROBS)
@@ -593,8 +609,8 @@ def _bias_pairs(given: _Biases) -> tuple[tuple[int, float], ...]:
         is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11
         token = int(key) if is_text else key
         _check(_is_integer(token, 0, 2**31 - 1), "logit_bias", "given by token ids", key)
-        wanted = "given in numbers from -100 to 100"
-        _check(_is_number(bias, -100, 100), "logit_bias", wanted, bias)
+        wanted = f"given in numbers from {-MAX_BIAS} to {MAX_BIAS}"
+        _check(_is_number(bias, -MAX_BIAS, MAX_BIAS), "logit_bias", wanted, bias)
         _check(token not in biases, "logit_bias", "given once for each token id", key)
         biases[token] = float(bias)
     return tuple(sorted(biases.items()))

@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
+from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.policy.launch import Executor, FinishedStep, Launch
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.scheduler import Scheduler
@@ -37,17 +38,20 @@ class _Phase(Enum):
 @dataclass(frozen=True, slots=True)
 class _Abort:
     id: str
+    unless_begun: bool
 
 
 type _Item = NewRequest | _Abort | FinishedStep | BaseException
+type CompletedLaunches = tuple[CompletedLaunch, ...]
+type LaunchWatcher = Callable[[CompletedLaunches], None]
 
 
 class EngineClient:
     """Submits generations to an engine thread and hands back their tokens, step by step.
 
-    `submit`, `abort`, `stats` and the properties may be used from any thread. Every submitted
-    request gets exactly one output with a finish reason, whatever happens to the engine; the one
-    exception is under `start`.
+    `submit`, `abort`, `watch_launches`, `stats` and the properties may be used from any thread.
+    Every submitted request gets exactly one output with a finish reason, whatever happens to the
+    engine; the one exception is under `start`.
 
     vocab_size bounds the token ids of prompts. clock: seconds, monotonic. on_close: called once, on
     the engine thread, after its last launch. rung: in a word, how launches run, for those who ask.
@@ -76,6 +80,7 @@ class EngineClient:
         self._stats = scheduler.stats()
         self._waits = Waits()
         self._over = threading.Event()  # the thread is about to end, or hangs
+        self._completed: list[CompletedLaunch] = []  # this round, for watchers
         # _wakeup guards what follows; it is held for moments, never while a step or callback runs.
         self._wakeup = threading.Condition()
         self._phase = _Phase.NEW
@@ -83,6 +88,8 @@ class EngineClient:
         self._live: dict[str, None] = {}  # ids without a final output yet, oldest first
         self._handing_on: tuple[str, ...] = ()  # whose last outputs on_outputs has not yet taken
         self._failure: BaseException | None = None
+        # Replaced and never changed, so that the thread may read it at any time.
+        self._watchers: Mapping[object, LaunchWatcher] = {}
 
     def start(self, on_outputs: Callable[[StepOutputs], None]) -> None:
         """Starts the engine thread, which calls `on_outputs` with all outputs of a step at once.
@@ -128,15 +135,29 @@ class EngineClient:
             self._inbox.append(new)
             self._wakeup.notify()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, *, unless_begun: bool = False) -> None:
         """Asks for a request to end before the next step; of no effect if it already has.
 
         Its last output then says ABORT, or how it finished if a step got there first.
+        unless_begun: of no effect either on one that is no longer, or not only now, in the queue.
         """
         with self._wakeup:
             if request_id in self._live:
-                self._inbox.append(_Abort(request_id))
+                self._inbox.append(_Abort(request_id, unless_begun))
                 self._wakeup.notify()
+
+    def watch_launches(self, watcher: LaunchWatcher) -> Callable[[], None]:
+        """Tells `watcher` of launches as they complete, until what is returned here is called.
+
+        All of one round of the engine's thread at once, on that thread, after the outputs have been
+        handed on; so it should only keep them. A call may still be under way when it is ended, and
+        nothing says that the engine has failed. If it raises, that is logged and it is told no
+        more: whoever only looks on does requests no harm.
+        """
+        key = object()
+        with self._wakeup:
+            self._watchers = {**self._watchers, key: watcher}
+        return lambda: self._end_watching(key)
 
     def stats(self) -> Stats:
         """The scheduler as of the last step's end, never older than the last outputs."""
@@ -201,6 +222,10 @@ class EngineClient:
                 failure = stalled(wait, now)
                 _log.critical("the engine hangs: %s\n%s", failure, _stacks())
                 self._fail(failure)
+
+    def _end_watching(self, key: object) -> None:
+        with self._wakeup:
+            self._watchers = {k: each for k, each in self._watchers.items() if k is not key}
 
     def _check_token_ids(self, new: NewRequest) -> None:
         """Refuses ids outside [0, vocab_size): the device would clamp them without a word."""
@@ -273,6 +298,8 @@ class EngineClient:
             self._stats = self._scheduler.stats()
             for batch in outputs:
                 self._publish(batch)
+            if self._completed:
+                self._tell_watchers()
             self._waits.round_ended(self._clock(), has_requests=bool(self._live))
         self._waits.round_began(self._clock())  # a last one, to close
 
@@ -288,6 +315,7 @@ class EngineClient:
 
     def _take_in(self, inbox: Iterable[_Item]) -> list[StepOutputs]:
         """Applies what happened, in the order in which it did."""
+        self._scheduler.watcher = self._completed.append if self._watchers else None
         outputs = []
         for item in inbox:
             if isinstance(item, FinishedStep):
@@ -298,7 +326,7 @@ class EngineClient:
                 self._scheduler.add(item, self._clock())
             elif isinstance(item, BaseException):
                 raise item
-            elif self._scheduler.abort(item.id):
+            elif self._scheduler.abort(item.id, unless_begun=item.unless_begun):
                 outputs.append(StepOutputs(finished=((item.id, FinishReason.ABORT),)))
         return outputs
 
@@ -313,6 +341,16 @@ class EngineClient:
         self._on_outputs(outputs)  # if it raises or hangs, `_fail` tells them again
         with self._wakeup:
             self._handing_on = ()
+
+    def _tell_watchers(self) -> None:
+        completed = tuple(self._completed)
+        self._completed.clear()
+        for key, watcher in self._watchers.items():
+            try:
+                watcher(completed)
+            except Exception:
+                _log.exception("a watcher of launches raised; it is told no more")
+                self._end_watching(key)
 
     def _abort_all(self) -> None:
         """After shutdown: gives back what live requests hold and tells them, once each."""

@@ -48,6 +48,19 @@ class Profiles:
     hardware: HardwareProfile
 
 
+def check_profiles(engine: EngineConfig) -> None:
+    """Refuses profiles that are none, before anything large is loaded; see `read_profiles`."""
+    hardware = read_hardware(engine)
+    if engine.model_profile is None:
+        return
+    if hardware is None:
+        raise ConfigError(
+            f"--model-profile {engine.model_profile} foretells nothing alone; give"
+            " --hardware-profile as well"
+        )
+    read_model_profile(Path(engine.model_profile))
+
+
 def read_profiles(engine: EngineConfig, shapes: ModelProfile) -> Profiles | None:
     """The profiles that the engine's settings name; None where nothing is to be foretold.
 

@@ -17,6 +17,7 @@ from duetjax.engine import EngineDead
 from duetjax.serve.app import create_app
 from duetjax.serve.context import Service
 from duetjax.serve.errors import HttpError, error_object
+from duetjax.serve.limits import Limits
 from duetjax.serve.protocol import ChatBody, CompletionBody, GenerationBody
 
 _BODIES: Mapping[str, type[GenerationBody]] = {COMPLETIONS: CompletionBody, CHAT: ChatBody}
@@ -68,7 +69,7 @@ async def _answer(
     if request.body.get("model") is None:
         request.body["model"] = service.model_names[0]
     try:
-        body = _checked_body(request)
+        body = _checked_body(request, service.limits)
     except InvalidRequest as error:
         reply = _Reply(400, uuid.uuid4().hex, orjson.dumps(_http_error(error)))
     else:
@@ -80,9 +81,9 @@ async def _answer(
     return _result(request, reply, _error(request.line, orjson.loads(reply.body)["error"]))
 
 
-def _checked_body(request: BatchRequest) -> bytes:
+def _checked_body(request: BatchRequest, limits: Limits) -> bytes:
     """The body as JSON; refuses also what the endpoint would take and a batch does not."""
-    body = _BODIES[request.url].parse(request.body)
+    body = _BODIES[request.url].parse(request.body, limits)
     if unknown := list(body.unknown_fields()):
         raise InvalidRequest(f"body has unknown fields: {short(unknown)}", param=unknown[0])
     if body.stream:

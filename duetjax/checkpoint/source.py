@@ -9,7 +9,7 @@ from pathlib import Path
 
 from duetjax.checkpoint.folder import read_object, shown
 from duetjax.checkpoint.generation import GenerationDefaults, read_generation
-from duetjax.checkpoint.weights import weight_format
+from duetjax.checkpoint.weights import check_weights
 from duetjax.config import ConfigError, ModelConfig, ModelFolderError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -103,7 +103,7 @@ def _in_folder(name: str, kind: SourceKind, folder: Path, weights: bool) -> Mode
     except ModelFolderError as error:
         raise ModelFolderError(f"{shown(folder)}: {error}") from error
     if weights:
-        weight_format(folder)
+        check_weights(folder)
     return ModelSource(name, kind, folder, config, read_generation(folder, config))
 
 

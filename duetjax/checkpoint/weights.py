@@ -45,6 +45,15 @@ def weight_format(folder: Path) -> WeightFormat:
     return WeightFormat.ORBAX
 
 
+def check_weights(folder: Path) -> None:
+    """Refuses weights that are not there, in neither format or not whole, as `ModelFolderError`.
+
+    Reads no tensor; what a model needs of them is for `read_weights` to check.
+    """
+    if weight_format(folder) is WeightFormat.SAFETENSORS:
+        huggingface.stored_tensors(folder)
+
+
 def read_weights(folder: Path, shapes: Shapes, dtype: np.dtype[Any]) -> Weights:
     """Yields every tensor of `shapes` (Hugging Face names) in `dtype`, one at a time.
 

@@ -34,7 +34,7 @@ class Pace:
 class Flight:
     """A launch that has not completed: its rows are those of `batch`, then one per chunk.
 
-    step: what it was foretold by. began: when it was planned.
+    step: what it was foretold by. began: when it was planned. why: see `Aggregate`.
     """
 
     launch: Launch
@@ -42,19 +42,22 @@ class Flight:
     chunks: tuple[Chunk, ...]
     step: Step | None
     began: float
+    why: str
     next_step: int = 0
 
 
 class Flights:
     """Launches by ticket, and what each lane has to do with them.
 
-    episode: the split of launches that share the device, while there are any. now: when launches
-    are being planned. ms_per_token: of the last prefill launch, as foretold; None before the first.
+    episode: the split of launches that share the device, while there are any. now, why: when and
+    why launches are being planned. ms_per_token: of the last prefill launch, as foretold; None
+    before the first.
     """
 
     def __init__(self, limits: SchedulerLimits, durations: Durations | None) -> None:
         self.episode: Duet | None = None
         self.now = 0.0
+        self.why = ""
         self.ms_per_token: float | None = None
         self._limits = limits
         self._durations = durations
@@ -99,8 +102,11 @@ class Flights:
         flight.next_step += 1
         return flight
 
-    def complete(self, flight: Flight, now: float) -> None:
-        """A launch has ended; tells who foretold it how long it took once its lane was free."""
+    def complete(self, flight: Flight, now: float) -> float:
+        """A launch has ended; tells who foretold it how long it took once its lane was free.
+
+        Since when that was, in seconds.
+        """
         lane = flight.launch.lane
         del self._flights[flight.launch.ticket]
         self._depth[lane] -= 1
@@ -108,6 +114,7 @@ class Flights:
         self._ended[lane] = now
         if flight.step is not None and self._durations is not None:
             self._durations.observe(flight.step, 1e3 * (now - began) / flight.launch.k)
+        return began
 
     def repeated(self, batch: Batch) -> Launch | None:
         """The last launch, if nothing but one-step decode launches of `batch` is in flight."""
@@ -172,7 +179,7 @@ class Flights:
             **_prefill_columns(batch, chunks, columns),
             **deltas.take(ticket, columns),
         )
-        self._flights[ticket] = Flight(launch, batch, chunks, step, self.now)
+        self._flights[ticket] = Flight(launch, batch, chunks, step, self.now, self.why)
         self._depth[lane] += 1
         return launch
 

@@ -35,6 +35,8 @@ def kv_bytes(engine: EngineConfig, memory: DeviceMemory, *, on_host: bool) -> in
     Raises `ConfigError` naming the flag if they do not fit beside the rest.
     """
     asked = engine.kv_cache_memory_bytes
+    if asked is not None and asked <= 0:
+        raise ConfigError(f"--kv-cache-memory-bytes {asked} must be above 0; leave it out")
     if asked is None:
         asked = _HOST_KV_BYTES if on_host else memory.total - memory.fixed
     room = memory.total - memory.fixed

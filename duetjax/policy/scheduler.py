@@ -5,6 +5,7 @@ what a token means, what a device does with a launch, or who waits for the outpu
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from duetjax.config import InvalidRequest
 from duetjax.policy.columns import Batch, Chunk
+from duetjax.policy.completed_launch import CompletedLaunch, completed
 from duetjax.policy.durations import Step
 from duetjax.policy.flights import Flights, Pace
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split
@@ -49,7 +51,8 @@ class Scheduler:
     Deterministic, a prefill launch is one chunk of one prompt and has no decoding rows, and prefill
     and decode alternate: where a prompt is cut and what it is computed with depend on nobody else.
 
-    The same calls give the same launches.
+    The same calls give the same launches. watcher: told of each as it completes, but for those that
+    are skipped; None while nobody looks.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Scheduler:
         self.limits = limits
         self._policy = policy or Aggregated(limits.max_num_batched_tokens)
         self.pace = pace or Pace()
+        self.watcher: Callable[[CompletedLaunch], None] | None = None
         self._flights = Flights(limits, self.pace.durations)
         self._roster = Roster(limits, self._flights)
         self._results = Results(self._roster)
@@ -91,13 +95,14 @@ class Scheduler:
         place = rank(new, now, next(self._sequence))
         self._roster.add(Request(new, place, known=np.array(new.prompt, np.int32)))
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, *, unless_begun: bool = False) -> bool:
         """Ends a request without output; False if it is not live (unknown or finished).
 
-        Launches in flight run on, and what they sample for it is dropped.
+        Launches in flight run on, and what they sample for it is dropped. unless_begun: False, too,
+        for one that has ever had a slot.
         """
         request = self._roster.live.get(request_id)
-        if request is None:
+        if request is None or (unless_begun and request.num_cached is not None):
             return False
         self._roster.end(request)
         return True
@@ -122,6 +127,7 @@ class Scheduler:
             busy_seconds=self._busy_seconds,
             decisions=tuple(self._decisions.items()),
             predicted_ttft_ms=self.predicted_ttft_ms(0),
+            ms_per_prompt_token=self._flights.ms_per_token,
             prediction_error=None if durations is None else durations.median_error,
             predictions_trusted=durations is None or durations.is_trusted,
         )
@@ -171,6 +177,7 @@ class Scheduler:
         if not (load.rows or load.prompt_tokens):
             return None
         decision = self._policy.decide(load)
+        flights.why = decision.why
         launch = self._planned(decision, load)
         if launch is not None:
             self._decisions[decision.why] += 1
@@ -333,8 +340,10 @@ class Scheduler:
         outputs = self._results.take(flight.launch, flight.batch, flight.chunks, finished.result)
         self._steps += 1
         if flight.next_step == flight.launch.k:
-            self._flights.complete(flight, now)
+            began = self._flights.complete(flight, now)
             self._roster.complete(finished.ticket)
+            if self.watcher is not None:
+                self.watcher(completed(flight, began, now, self._roster))
         if not self._flights:
             self._busy_seconds += now - self._busy_since
         return outputs

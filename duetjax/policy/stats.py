@@ -12,7 +12,8 @@ class Stats:
     computed to their end, each counted once. prefix_queries, prefix_hits: tokens of admitted
     requests, and those found in the prefix cache. steps: finished. busy_seconds: with a launch
     in flight. decisions: of launches, (why they were made so, how many). predicted_ttft_ms: of a
-    short prompt that came now, if it finds a slot; None before the first launch foretold.
+    short prompt that came now, if it finds a slot; ms_per_prompt_token: at which pace prompts are
+    computed; both None before the first launch foretold.
     prediction_error: see `Durations`, None where nobody foretells; predictions_trusted too.
     """
 
@@ -32,6 +33,7 @@ class Stats:
     busy_seconds: float
     decisions: tuple[tuple[str, int], ...]
     predicted_ttft_ms: float | None
+    ms_per_prompt_token: float | None
     prediction_error: float | None
     predictions_trusted: bool
 

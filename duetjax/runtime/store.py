@@ -28,6 +28,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from duetjax.config import ConfigError
 from duetjax.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
@@ -96,11 +97,19 @@ def facts_of(compiled: jax.stages.Compiled, seconds: float) -> ProgramFacts:
 
 
 def default_folder() -> Path:
-    """$DUETJAX_CACHE_DIR/programs, else duetjax/programs in $XDG_CACHE_HOME or ~/.cache."""
+    """$DUETJAX_CACHE_DIR/programs, else duetjax/programs in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises `ConfigError` where the user has no home.
+    """
     if ours := os.environ.get("DUETJAX_CACHE_DIR"):
         return Path(ours) / "programs"
     caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "duetjax" / "programs"
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "duetjax" / "programs"
+    except RuntimeError:
+        raise ConfigError(
+            "no home folder to keep programs in; set DUETJAX_CACHE_DIR to a folder of your own"
+        ) from None
 
 
 @functools.cache

@@ -21,11 +21,12 @@ from duetjax.serve.body import json_response
 from duetjax.serve.chat import prepare_chat
 from duetjax.serve.completions import prepare_completion
 from duetjax.serve.context import Context, Service
+from duetjax.serve.debug import StepsEndpoint
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.endpoint import GenerationEndpoint
 from duetjax.serve.errors import HttpError, handle_fault, model_not_found
-from duetjax.serve.limits import limits
 from duetjax.serve.metrics import Metrics
+from duetjax.serve.openapi import OpenApiEndpoint
 from duetjax.serve.probes import probes
 from duetjax.serve.queue_bound import QueueBound
 from duetjax.serve.request_ids import RequestIds
@@ -43,7 +44,7 @@ def create_app(service: Service) -> Starlette:
         Dispatcher(),
         Admission(),
         metrics,
-        QueueBound(service.client, service.max_num_queued_reqs, metrics.queue_full),
+        QueueBound(service.client, service.limits),
     )
 
     @asynccontextmanager
@@ -55,7 +56,15 @@ def create_app(service: Service) -> Starlette:
 
     app = Starlette(
         routes=_routes(context),
-        middleware=[Middleware(RequestIds), Middleware(BearerAuth, api_key=service.api_key)],
+        middleware=[
+            Middleware(RequestIds, max_headers=service.limits.max_headers, refuse=metrics.refuse),
+            Middleware(
+                BearerAuth,
+                api_key=service.api_key,
+                also_public=["/metrics"] if service.metrics_public else [],
+                refuse=metrics.refuse,
+            ),
+        ],
         exception_handlers={
             HttpError: handle_fault,
             InvalidRequest: handle_fault,
@@ -88,6 +97,8 @@ def _routes(context: Context) -> list[Route]:
         Route("/detokenize", TokenizationEndpoint(context, detokenize).answer, methods=["POST"]),
         *probes(context),
         Route("/metrics", partial(_show_metrics, context)),
+        Route("/debug/steps", StepsEndpoint(context), methods=["GET"]),
+        Route("/openapi.json", OpenApiEndpoint(service).answer),
     ]
 
 
@@ -104,7 +115,10 @@ async def _show_model(service: Service, request: Request) -> Response:
 
 
 async def _show_limits(service: Service, request: Request) -> Response:
-    return json_response(limits(service))
+    client = service.client
+    return json_response(
+        service.limits.document(max_model_len=service.max_model_len, max_num_seqs=client.num_slots)
+    )
 
 
 async def _show_metrics(context: Context, request: Request) -> Response:

@@ -1,5 +1,7 @@
 """Request bodies, bounded while they arrive, then JSON objects; and JSON as an answer."""
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -8,40 +10,49 @@ from starlette.responses import Response
 
 from duetjax.config import InvalidRequest
 from duetjax.serve.errors import HttpError
+from duetjax.serve.limits import Limits
 
-MAX_BODY_BYTES = 2 * 2**20
 
-
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
     """The body as a JSON object.
 
-    413 for more than `MAX_BODY_BYTES`, before it is read where Content-Length tells; 400 for
-    what is not a JSON object, which includes NaN, bad UTF-8, lone surrogates and deep nesting.
+    413 for more than max_body_bytes, before it is read where Content-Length tells; 408 where it
+    takes longer than body_timeout_s; 400 for what is not a JSON object, which includes NaN, bad
+    UTF-8, lone surrogates and deep nesting.
     """
-    return _parse(await _read(request))
+    try:
+        async with asyncio.timeout(limits.body_timeout_s or None):
+            return _parse(await _read(request, limits.max_body_bytes))
+    except TimeoutError:
+        raise HttpError(
+            408,
+            "request_timeout",
+            f"the request body did not come within {limits.body_timeout_s:g} s",
+            headers={"connection": "close"},
+            reason="body_timeout_s",
+        ) from None
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, most: int) -> bytes:
     declared = request.headers.get("content-length")  # its syntax is h11's business
-    if declared is not None and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
+    if declared is not None and int(declared) > most:
+        raise _too_large(most)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
+        if len(body) > most:
+            raise _too_large(most)
     return bytes(body)
 
 
-def json_response(value: object) -> Response:
+def json_response(value: object, headers: Mapping[str, str] | None = None) -> Response:
     """An answer as JSON."""
-    return Response(orjson.dumps(value), media_type="application/json")
+    return Response(orjson.dumps(value), headers=headers, media_type="application/json")
 
 
-def _too_large() -> HttpError:
-    return HttpError(
-        413, "body_too_large", f"the request body is larger than {MAX_BODY_BYTES} bytes"
-    )
+def _too_large(most: int) -> HttpError:
+    message = f"the request body is larger than {most} bytes"
+    return HttpError(413, "body_too_large", message, reason="max_body_bytes")
 
 
 def _parse(body: bytes) -> dict[str, Any]:

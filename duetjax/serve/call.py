@@ -9,9 +9,9 @@ from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.policy.request import NewRequest, TokenLogprob, new_requests
 from duetjax.serve.context import Service
 from duetjax.serve.errors import model_not_found
+from duetjax.serve.objectives import Objectives
 from duetjax.serve.protocol import GenerationBody
 
-MAX_CHOICES = 64
 # Parameters that the model's defaults stand in for.
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -77,7 +77,7 @@ class Call:
     """Everything decided about one HTTP call before the engine sees it.
 
     n: generations per prompt. prompt_tokens: each prompt counted once, whatever n is. headers: for
-    the response.
+    the response. ttft_slo_ms: its objective for the first token; None is the server's.
     """
 
     choices: tuple[Choice, ...]
@@ -87,11 +87,14 @@ class Call:
     stream: bool
     include_usage: bool
     headers: Mapping[str, str]
+    ttft_slo_ms: float | None = None
 
-    def with_tbt_slo(self, tbt_slo_ms: float) -> Self:
-        """The same call, every generation with an objective of its own."""
-        choices = [replace(c, new=replace(c.new, tbt_slo_ms=tbt_slo_ms)) for c in self.choices]
-        return replace(self, choices=tuple(choices))
+    def with_objectives(self, objectives: Objectives) -> Self:
+        """The same call with objectives of its own, where it brings any."""
+        choices = self.choices
+        if (tbt := objectives.tbt_ms) is not None:
+            choices = tuple(replace(c, new=replace(c.new, tbt_slo_ms=tbt)) for c in choices)
+        return replace(self, choices=choices, ttft_slo_ms=objectives.ttft_ms)
 
     def usage(self, completion_tokens: int, cached: Mapping[int, int]) -> dict[str, Any]:
         """OpenAI's usage object; cached: tokens that each choice found in the prefix cache.
@@ -119,23 +122,25 @@ def check_model(service: Service, name: str) -> None:
 
 def check_characters(service: Service, num_characters: int, param: str) -> None:
     """Refuses text that cannot fit, before time is spent on tokenising it."""
-    limit = service.max_characters
+    limit = service.limits.characters(service.max_model_len)
     if num_characters > limit:
         raise InvalidRequest(
-            f"the prompt has {num_characters} characters; at most {limit} (8 per token of"
-            f" max_model_len {service.max_model_len}) are accepted",
+            f"the prompt has {num_characters} characters; at most {limit} are accepted",
             param=param,
             code="context_length_exceeded",
+            reason="max_prompt_characters",
         )
 
 
-def check_count(num_prompts: int, n: int) -> None:
+def check_count(service: Service, num_prompts: int, n: int) -> None:
     """Bounds the work one request may ask for; before anything is multiplied."""
-    if num_prompts * n > MAX_CHOICES:
+    most = service.limits.max_choices
+    if num_prompts * n > most:
         raise InvalidRequest(
             f"{num_prompts} prompts with n {n} make {num_prompts * n} choices;"
-            f" at most {MAX_CHOICES} per request",
+            f" at most {most} per request",
             param="n",
+            reason="max_choices",
         )
 
 
@@ -208,6 +213,7 @@ def _fit(service: Service, body: GenerationBody, prompt: tuple[int, ...], usual:
             f" max_model_len is {service.max_model_len}; shorten the prompt or lower max_tokens",
             param=body.prompt_field if left < 1 else "max_tokens",
             code="context_length_exceeded",
+            reason="max_model_len",
         )
     if asked is not None:
         return asked

@@ -20,7 +20,7 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
 
     Raises `InvalidRequest` or `HttpError`.
     """
-    body = ChatBody.parse(given)
+    body = ChatBody.parse(given, service.limits)
     check_model(service, body.model)
     prompt = tuple(encode_messages(service, body.messages, body.chat_template_kwargs))
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -37,7 +37,7 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
         prompt_tokens=len(prompt),
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        headers=ignored_header(body),
+        headers=ignored_header(body, strict=service.strict_params),
     )
 
 

@@ -20,9 +20,9 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
 
     Raises `InvalidRequest` or `HttpError`.
     """
-    body = CompletionBody.parse(given)
+    body = CompletionBody.parse(given, service.limits)
     check_model(service, body.model)
-    check_count(len(body.prompt), body.n)
+    check_count(service, len(body.prompt), body.n)
     prompts = [_encode(service, prompt) for prompt in body.prompt]
     call_id = f"cmpl-{uuid.uuid4().hex}"
     choices = make_choices(service, body, call_id, prompts, usual_max_tokens=_USUAL_MAX_TOKENS)
@@ -41,7 +41,7 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
         prompt_tokens=sum(map(len, prompts)),
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        headers=ignored_header(body),
+        headers=ignored_header(body, strict=service.strict_params),
     )
 
 

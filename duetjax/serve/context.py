@@ -7,6 +7,7 @@ from duetjax.config import SamplingParams
 from duetjax.engine import EngineClient
 from duetjax.serve.admission import Admission
 from duetjax.serve.dispatch import Dispatcher
+from duetjax.serve.limits import Limits
 from duetjax.serve.metrics import Metrics
 from duetjax.serve.queue_bound import QueueBound
 from duetjax.text.tokenizer import Tokenizer
@@ -21,8 +22,8 @@ class Service:
     defaults: of the parameters that a request leaves out, as the model's makers recommend; its
     max_tokens is None where they recommend none. compilations: how many programs XLA has compiled
     in this process. api_key: None lets everybody in. ping_seconds: silence after which a stream
-    says so. max_num_queued_reqs: generations that may wait beyond those that can run at once; None
-    for any number. watchdog_s: see `EngineConfig`; 0 watches nothing.
+    says so. strict_params: refuse unknown fields instead of naming them. metrics_public: show
+    /metrics without a key. watchdog_s: see `EngineConfig`; 0 watches nothing.
     """
 
     client: EngineClient
@@ -36,13 +37,10 @@ class Service:
     compilations: Callable[[], int]
     api_key: str | None = field(default=None, repr=False)
     ping_seconds: float = 10.0
-    max_num_queued_reqs: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    strict_params: bool = False
+    metrics_public: bool = False
     watchdog_s: float = 0.0
-
-    @property
-    def max_characters(self) -> int:
-        """Of a prompt, before it is tokenised: no text of so many could fit."""
-        return 8 * self.max_model_len
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from duetjax.serve.body import read_json
 from duetjax.serve.call import Call, Delta, joined
 from duetjax.serve.context import Context, Service
 from duetjax.serve.generation import Generation
-from duetjax.serve.objectives import tbt_slo_ms
+from duetjax.serve.objectives import objectives
 from duetjax.serve.streaming import send_stream
 
 
@@ -35,25 +35,30 @@ class GenerationEndpoint:
         arrived = time.perf_counter()
         request = Request(scope, receive)
         with self._context.admission.admit():
-            objective = tbt_slo_ms(request.headers)
+            objective = objectives(request.headers)
             try:
-                body = await read_json(request)
+                body = await read_json(request, self._context.service.limits)
             except ClientDisconnect:
                 return
             self._context.queue.check(1)  # before tokenising, which is most of a refusal's cost
             call = await asyncio.to_thread(self._prepare, self._context.service, body)
-            if objective is not None:
-                call = call.with_tbt_slo(objective)
-            answer = _answer(Generation(self._context, call, arrived), call, scope, receive, send)
+            call = call.with_objectives(objective)
+            generation = Generation(self._context, call, arrived)
+            answer = _answer(self._context, generation, call, scope, receive, send)
             await _while_connected(receive, answer)
 
 
 async def _answer(
-    generation: Generation, call: Call, scope: Scope, receive: Receive, send: Send
+    context: Context,
+    generation: Generation,
+    call: Call,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     with generation:
         if call.stream:
-            await send_stream(call, generation, send)
+            await send_stream(call, generation, send, context.metrics.refuse)
             return
         response = await _collect(call, generation)
     await response(scope, receive, send)

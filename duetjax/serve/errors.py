@@ -15,7 +15,10 @@ from duetjax.engine import EngineClient
 
 
 class HttpError(Exception):
-    """A response other than success; `code` is what programs branch on, never empty."""
+    """A response other than success; `code` is what programs branch on, never empty.
+
+    reason: what it is counted under; None is the code.
+    """
 
     def __init__(
         self,
@@ -25,12 +28,14 @@ class HttpError(Exception):
         *,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.headers = headers
+        self.reason = reason or code
 
 
 def model_not_found(name: str, served: tuple[str, ...]) -> HttpError:
@@ -64,6 +69,15 @@ def non_finite_logits() -> HttpError:
     )
 
 
+def deadline_exceeded(
+    status: int, why: str, limit: str, headers: Mapping[str, str] | None = None
+) -> HttpError:
+    """503 for a request that never began, to be sent again; 504 for one that took too long."""
+    if status == 504:
+        headers = {"x-should-retry": "false"}  # it would take as long once more
+    return HttpError(status, "deadline_exceeded", why, headers=headers, reason=limit)
+
+
 def internal_error() -> HttpError:
     """500 for a fault of this server; what it was stands in its log, not in the response."""
     return HttpError(500, "internal_error", "internal server error; see the server's log")
@@ -95,11 +109,12 @@ def error_response(error: HttpError) -> Response:
 async def handle_fault(request: Request, fault: Exception) -> Response:
     """Starlette's exception handler for what routes, request parsing and the engine raise."""
     if isinstance(fault, InvalidRequest):
-        fault = HttpError(400, fault.code, str(fault), param=fault.param)
+        fault = HttpError(400, fault.code, str(fault), param=fault.param, reason=fault.reason)
     elif isinstance(fault, HTTPException):
         status = HTTPStatus(fault.status_code)
         code = status.name.lower()
         message = f"{request.method} {request.scope['path'][:200]!r}: {status.phrase.lower()}"
         fault = HttpError(status, code, message, headers=fault.headers)
     assert isinstance(fault, HttpError), fault
+    request.app.state.context.metrics.refuse(fault.reason)
     return error_response(fault)

@@ -1,6 +1,8 @@
 """The engine requests behind one HTTP call: submitted together, ended together."""
 
 import asyncio
+import math
+import time
 from collections import deque
 from typing import Self
 
@@ -10,17 +12,28 @@ from duetjax.serve.admission import shutting_down
 from duetjax.serve.call import Call, Choice, Delta, ScoredToken
 from duetjax.serve.context import Context
 from duetjax.serve.dispatch import Arrival, Mail
-from duetjax.serve.errors import HttpError, engine_dead, non_finite_logits, not_running
+from duetjax.serve.errors import (
+    HttpError,
+    deadline_exceeded,
+    engine_dead,
+    non_finite_logits,
+    not_running,
+)
 from duetjax.text.stream import TextDelta, TextStream
 from duetjax.text.tokenizer import Tokenizer
 
 
 class _Progress:
-    """One choice under way: its text so far, and when its tokens came."""
+    """One choice under way: its text so far, and when its tokens came.
 
-    def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
+    queued_tokens: of a prompt that waits for its first token; 0 from then on, and for all choices
+    of a prompt but the first.
+    """
+
+    def __init__(self, choice: Choice, tokenizer: Tokenizer, queued_tokens: int) -> None:
         sampling = choice.new.sampling
         self.choice = choice
+        self.queued_tokens = queued_tokens
         self.num_tokens = 0
         self.first_at = 0.0
         self.last_at = 0.0
@@ -57,22 +70,34 @@ class Generation:
     """
 
     def __init__(self, context: Context, call: Call, arrived: float) -> None:
-        self._client = context.service.client
-        self._ping_seconds = context.service.ping_seconds
+        service = context.service
+        self._client = service.client
+        self._ping_seconds = service.ping_seconds
+        self._limits = service.limits
+        self._ttft_slo_ms = call.ttft_slo_ms
         self._dispatcher = context.dispatcher
         self._metrics = context.metrics
         self._queue = context.queue
         self._arrived = arrived
         self._ids = [choice.new.id for choice in call.choices]
         self._open = {
-            choice.new.id: _Progress(choice, context.service.tokenizer) for choice in call.choices
+            choice.new.id: _Progress(
+                choice,
+                service.tokenizer,
+                0 if choice.index % call.n else len(choice.new.prompt),
+            )
+            for choice in call.choices
         }
+        self._must_end = arrived + (self._limits.request_timeout_s or math.inf)
+        self._must_begin = arrived + (self._limits.queue_timeout_s or math.inf)
+        self._waited_too_long = False
         self._unfinished_because = FinishReason.ABORT
         self.num_tokens = 0
         self.cached: dict[int, int] = {}  # by choice
 
     def __enter__(self) -> Self:
-        self._queue.check(len(self._ids))
+        tokens = sum(progress.queued_tokens for progress in self._open.values())
+        self._queue.check(len(self._ids), tokens, self._ttft_slo_ms)
         self._mail: asyncio.Queue[Mail] = self._dispatcher.subscribe(self._ids)
         submitted: list[str] = []
         try:
@@ -84,11 +109,13 @@ class Generation:
             for request_id in submitted:
                 self._client.abort(request_id)
             raise
+        self._queue.queued_tokens += tokens
         return self
 
     def __exit__(self, *_: object) -> None:
         self._dispatcher.unsubscribe(self._ids)
-        for request_id in self._open:
+        for request_id, progress in self._open.items():
+            self._leave_queue(progress)
             self._client.abort(request_id)
             self._metrics.finished[self._unfinished_because].inc()
 
@@ -100,13 +127,15 @@ class Generation:
     async def next(self) -> Delta | None:
         """The next piece of any choice; None after `ping_seconds` of silence.
 
-        Raises `HttpError` once the call can no longer finish.
+        Raises `HttpError` once the call can no longer finish, or has taken too long.
         """
         try:
             while True:
                 mail = await self._next_mail()
                 if isinstance(mail, HttpError):
                     raise mail
+                if mail.at > self._must_end:
+                    raise self._too_late()
                 if (progress := self._open.get(mail.output.id)) is not None:
                     return self._advance(progress, mail)
         except TimeoutError:
@@ -119,10 +148,35 @@ class Generation:
             raise
 
     async def _next_mail(self) -> Mail:
+        """Raises `TimeoutError` after a silence, `HttpError` once it has lasted too long."""
         if not self._mail.empty():
             return self._mail.get_nowait()
-        async with asyncio.timeout(self._ping_seconds):
-            return await self._mail.get()
+        ping_at = time.perf_counter() + self._ping_seconds
+        while True:
+            now = time.perf_counter()
+            if now >= self._must_end:
+                raise self._too_late()
+            if now >= self._must_begin:
+                self._give_up_waiting()
+            try:
+                async with asyncio.timeout(min(ping_at, self._must_end, self._must_begin) - now):
+                    return await self._mail.get()
+            except TimeoutError:
+                if time.perf_counter() >= ping_at:
+                    raise
+
+    def _too_late(self) -> HttpError:
+        seconds = self._limits.request_timeout_s
+        return deadline_exceeded(
+            504, f"the request took longer than {seconds:g} s", "request_timeout_s"
+        )
+
+    def _give_up_waiting(self) -> None:
+        """Choices that have not begun end; the others go on."""
+        self._must_begin = math.inf
+        self._waited_too_long = True
+        for request_id in self._open:
+            self._client.abort(request_id, unless_begun=True)
 
     def _submit(self, new: NewRequest) -> None:
         try:
@@ -150,7 +204,12 @@ class Generation:
         return Delta(choice.index, delta.text, output.token_ids, reason, logprobs)
 
     def _failure(self, finish: FinishReason) -> HttpError:
-        """Why the engine ended a request unasked: it shuts down, has died, or lost this one."""
+        """Why the engine ended a request: it waited, the server ends, it died, or lost this one."""
+        if finish is FinishReason.ABORT and self._waited_too_long and self._client.is_healthy:
+            seconds = self._limits.queue_timeout_s
+            why = f"the request waited for longer than {seconds:g} s"
+            retry = {"retry-after": str(self._queue.seconds())}
+            return deadline_exceeded(503, why, "queue_timeout_s", retry)
         if finish is FinishReason.ABORT:
             return shutting_down()
         if not self._client.is_healthy:
@@ -162,12 +221,18 @@ class Generation:
             self._metrics.inter_token_latency.observe(at - progress.last_at)
         else:
             progress.first_at = at
+            self._leave_queue(progress)
             self._metrics.time_to_first_token.observe(at - self._arrived)
         progress.last_at = at
         progress.num_tokens += count
         self.num_tokens += count
 
+    def _leave_queue(self, progress: _Progress) -> None:
+        self._queue.queued_tokens -= progress.queued_tokens
+        progress.queued_tokens = 0
+
     def _end(self, progress: _Progress, finish: FinishReason) -> None:
+        self._leave_queue(progress)
         del self._open[progress.choice.new.id]
         self._metrics.finished[finish].inc()
         self._metrics.e2e_request_latency.observe(progress.last_at - self._arrived)

@@ -53,13 +53,17 @@ class Metrics:
             registry=self.registry,
         )
         self.finished = {r: finished.labels(model_name, r.value) for r in FinishReason}
-        refused = Counter(
+        self._refused = Counter(
             "duetjax_refused_requests",
-            "Requests turned away for want of room",
+            "Requests turned away or given up, by the limit they met or the error's code",
             ["reason"],
             registry=self.registry,
         )
-        self.queue_full = refused.labels("queue_full")
+        self._refused.labels("queue_full")
+
+    def refuse(self, reason: str) -> None:
+        """Counts a request that was turned away or given up."""
+        self._refused.labels(reason).inc()
 
     def render(self) -> bytes:
         """The text exposition format of every series."""

@@ -1,29 +1,38 @@
 """Objectives that a request brings in its headers."""
 
 import re
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
 from duetjax.config import InvalidRequest
 
-_TBT_HEADERS = ("x-slo-tbt-ms", "x-slo-tpot-ms")  # the second is what load tools send
-_MILLISECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+TTFT_HEADERS = ("x-slo-ttft-ms",)
+TBT_HEADERS = ("x-slo-tbt-ms", "x-slo-tpot-ms")  # the second is what load tools send
+MILLISECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
-def tbt_slo_ms(headers: Headers) -> float | None:
-    """The longest time between tokens that a request asks for; None where it says nothing.
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """The longest times to the first token and between tokens, in ms; None is the server's."""
 
-    Raises `InvalidRequest` for what is no time, and for two that differ.
-    """
-    given = {name: _milliseconds(name, headers[name]) for name in _TBT_HEADERS if name in headers}
+    ttft_ms: float | None
+    tbt_ms: float | None
+
+
+def objectives(headers: Headers) -> Objectives:
+    """What a request asks for; raises `InvalidRequest` for no time, and for two that differ."""
+    return Objectives(_objective(headers, TTFT_HEADERS), _objective(headers, TBT_HEADERS))
+
+
+def _objective(headers: Headers, names: tuple[str, ...]) -> float | None:
+    given = {name: _milliseconds(name, headers[name]) for name in names if name in headers}
     if len(set(given.values())) > 1:
-        raise InvalidRequest(
-            f"{' and '.join(given)} differ; send one of them", param=_TBT_HEADERS[0]
-        )
+        raise InvalidRequest(f"{' and '.join(given)} differ; send one of them", param=names[0])
     return next(iter(given.values()), None)
 
 
 def _milliseconds(name: str, text: str) -> float:
-    if not _MILLISECONDS.fullmatch(text) or float(text) < 1e-3:
+    if not MILLISECONDS.fullmatch(text) or float(text) < 1e-3:
         raise InvalidRequest(f"{name} must be milliseconds above 0, such as 50", param=name)
     return float(text)

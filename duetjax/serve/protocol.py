@@ -3,35 +3,40 @@
 Strict: "5" and true are not integers. An explicit null counts as left out. Fields that nobody
 knows are accepted and named to the caller; fields that would change the output in ways not
 offered are refused unless they hold the value that changes nothing.
+
+In the JSON schemas of these models a bound that is the server's stands by its name; see
+`request_schemas`.
 """
 
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
-from pydantic.functional_validators import PlainValidator
-from pydantic_core import ErrorDetails, PydanticCustomError
-
-from duetjax.config import (
-    MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_STOP_IDS,
-    InvalidRequest,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
 )
+from pydantic.functional_validators import PlainValidator
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
-MAX_N = 8
-MAX_PROMPTS = 32
-MAX_MESSAGES = 1024
-MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
-MAX_COMPLETION_LOGPROBS = 5
-"""Of what one request may hold."""
+from duetjax.config import MAX_BIAS, MAX_PRIORITY, InvalidRequest
+from duetjax.serve.limits import Limits
 
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
@@ -41,7 +46,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "modalities": (["text"],),
 }
-_WITHOUT_EFFECT = ("user",)
+WITHOUT_EFFECT = ("user",)
 
 
 class Body(BaseModel):
@@ -67,12 +72,21 @@ class Body(BaseModel):
                     yield from (f"{path}.{field}" for field in item.unknown_fields())
 
 
-def parsed[B: Body](kind: type[B], given: Mapping[str, Any]) -> B:
+def parsed[B: Body](kind: type[B], given: Mapping[str, Any], limits: Limits) -> B:
     """A body of a kind; `InvalidRequest` names the first field at fault."""
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(given, context=limits)
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False)[0]) from None
+
+
+type ModelName = Annotated[str, WithJsonSchema({"type": "string", "enum": "model_names"})]
+"""One that is served, which is for each route to check."""
+
+TEXT = {"type": "string", "maxLength": "max_prompt_characters"}
+TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": "last_token_id"}
+type TokenId = Annotated[int, WithJsonSchema(TOKEN_ID)]
+"""One of the vocabulary, which is for each route to check."""
 
 
 class StreamOptions(Body):
@@ -81,24 +95,86 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-def _stop_strings(value: object) -> tuple[str, ...]:
+def _check_limit(size: int, name: str, unit: str, info: ValidationInfo) -> None:
+    """Raises what is told and counted as a request beyond one of the server's `Limits`."""
+    most = getattr(info.context, name)
+    if size > most:
+        raise PydanticCustomError(
+            "limit",
+            "has {size} {unit}; at most {most} are accepted",
+            {"size": size, "unit": unit, "most": most, "limit": name},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _AtMost:
+    """Metadata of a number that a limit bounds."""
+
+    limit: str
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return AfterValidator(self._check).__get_pydantic_core_schema__(kind, handler)
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(core) | {"maximum": self.limit}
+
+    def _check(self, value: int, info: ValidationInfo) -> int:
+        most = getattr(info.context, self.limit)
+        if value > most:
+            context = {"value": value, "most": most, "limit": self.limit}
+            raise PydanticCustomError("limit", "is {value}; at most {most} is accepted", context)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounded:
+    """Metadata of a list whose length a limit bounds, before its items are looked at."""
+
+    limit: str
+    unit: str
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return BeforeValidator(self._check).__get_pydantic_core_schema__(kind, handler)
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(core) | {"maxItems": self.limit}
+
+    def _check(self, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, list):
+            _check_limit(len(value), self.limit, self.unit, info)
+        return value
+
+
+def _stop_strings(value: object, info: ValidationInfo) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise ValueError("must be a non-empty string or a list of them")
-    if len(strings) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in strings):
-        raise ValueError(
-            f"may have at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters"
-        )
+    _check_limit(len(strings), "max_stop_strings", "strings", info)
+    _check_limit(max(map(len, strings), default=0), "max_stop_characters", "characters", info)
     return tuple(strings)
 
 
-def _biases(value: object) -> dict[str, Any]:
+def _biases(value: object, info: ValidationInfo) -> dict[str, Any]:
     """An object of bounded size; keys and values are `SamplingParams`' business."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
-    if len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are possible")
+    _check_limit(len(value), "max_logit_bias", "entries", info)
     return value
+
+
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": "max_stop_characters"}
+_STOP_STRINGS = {"type": "array", "items": _STOP_STRING, "maxItems": "max_stop_strings"}
+_STOP = {"anyOf": [_STOP_STRING, _STOP_STRINGS]}
+_LOGIT_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": "max_logit_bias",
+}
 
 
 class GenerationBody(Body):
@@ -106,7 +182,7 @@ class GenerationBody(Body):
 
     prompt_field: ClassVar[str]  # where the prompt stands, for errors about its length
 
-    model: str
+    model: ModelName
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     min_tokens: int = 0
@@ -117,13 +193,15 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Annotated[dict[str, Any], PlainValidator(_biases)] = {}
+    logit_bias: Annotated[dict[str, Any], PlainValidator(_biases), WithJsonSchema(_LOGIT_BIAS)] = {}
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
-    stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=MAX_STOP_IDS)] = []
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings), WithJsonSchema(_STOP)] = ()
+    stop_token_ids: Annotated[
+        list[TokenId], FailFast(), _Bounded("max_stop_token_ids", "token ids")
+    ] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    n: int = Field(default=1, ge=1, le=MAX_N)
+    n: Annotated[int, Field(ge=1), _AtMost("max_n")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -131,12 +209,12 @@ class GenerationBody(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @classmethod
-    def parse(cls, body: Mapping[str, Any]) -> Self:
+    def parse(cls, body: Mapping[str, Any], limits: Limits) -> Self:
         """Checks a JSON object; `InvalidRequest` names the first field at fault."""
-        given = {k: v for k, v in body.items() if v is not None and k not in _WITHOUT_EFFECT}
-        for name in [name for name in _NEUTRAL if name in given]:
+        given = {k: v for k, v in body.items() if v is not None and k not in WITHOUT_EFFECT}
+        for name in [name for name in NEUTRAL if name in given]:
             _check_neutral(name, given.pop(name))
-        checked = parsed(cls, given)
+        checked = parsed(cls, given, limits)
         if checked.stream_options is not None and not checked.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
         return checked
@@ -161,7 +239,7 @@ class GenerationBody(Body):
 type PromptInput = tuple[str | tuple[int, ...], ...]
 
 
-def _prompts(value: object) -> PromptInput:
+def _prompts(value: object, info: ValidationInfo) -> PromptInput:
     """Every spelling of prompt as a tuple of texts or of token id tuples."""
     if isinstance(value, str):
         return (value,)
@@ -169,8 +247,7 @@ def _prompts(value: object) -> PromptInput:
         raise ValueError("must be a string, or a non-empty list of strings or of token ids")
     if type(value[0]) is int:
         return (_token_ids(value),)
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} per request")
+    _check_limit(len(value), "max_prompts", "prompts", info)
     if all(isinstance(prompt, str) for prompt in value):
         return tuple(value)
     if all(isinstance(prompt, list) and prompt for prompt in value):
@@ -185,14 +262,19 @@ def _token_ids(value: list[Any]) -> tuple[int, ...]:
     return tuple(value)
 
 
+_IDS = {"type": "array", "items": TOKEN_ID, "minItems": 1, "maxItems": "max_prompt_tokens"}
+_SEVERAL = {"type": "array", "minItems": 1, "maxItems": "max_prompts"}
+_PROMPT = {"anyOf": [TEXT, _IDS, {**_SEVERAL, "items": TEXT}, {**_SEVERAL, "items": _IDS}]}
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt_field = "prompt"
 
-    prompt: Annotated[PromptInput, PlainValidator(_prompts)]
+    prompt: Annotated[PromptInput, PlainValidator(_prompts), WithJsonSchema(_PROMPT)]
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0), _AtMost("max_logprobs")] | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -221,25 +303,35 @@ def _text(value: object) -> str:
                 "has a part of type {kind}; only text parts are supported",
                 {"kind": short(kind)},
             )
-        if kind is None or not isinstance(part.get("text"), str):
+        if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError('has a part that is not {"type": "text", "text": "..."}')
     return "\n".join(part["text"] for part in value)
+
+
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": TEXT},
+    "required": ["type", "text"],
+}
+_CONTENT = {"anyOf": [TEXT, {"type": "array", "items": _PART}]}
 
 
 class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, PlainValidator(_text)]
+    content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT)]
     name: str | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_tool_calls(cls, value: object) -> object:
-        if isinstance(value, dict) and value.get("tool_calls"):
+        if not isinstance(value, dict) or "tool_calls" not in value:
+            return value
+        if value["tool_calls"] not in (None, []):
             raise PydanticCustomError("unsupported_parameter", "tool_calls are not supported")
-        return value
+        return {name: given for name, given in value.items() if name != "tool_calls"}
 
     def as_template_value(self) -> dict[str, str]:
         """What chat templates see; they know OpenAI's developer role as system."""
@@ -247,15 +339,19 @@ class Message(Body):
         return value | {"role": "system" if self.role == "developer" else self.role}
 
 
+type Messages = Annotated[list[Message], FailFast(), _Bounded("max_messages", "messages")]
+"""A conversation."""
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     prompt_field = "messages"
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Messages, Field(min_length=1)]
     chat_template_kwargs: dict[str, bool | str] = {}
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    top_logprobs: Annotated[int, Field(ge=0), _AtMost("max_top_logprobs")] = 0
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -266,7 +362,7 @@ class ChatBody(GenerationBody):
 
 
 def _check_neutral(name: str, value: object) -> None:
-    neutral = _NEUTRAL[name]
+    neutral = NEUTRAL[name]
     if any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
         return
     hint = " or send ".join(["leave it out", *(orjson.dumps(v).decode() for v in neutral)])
@@ -282,21 +378,29 @@ def _invalid(error: ErrorDetails) -> InvalidRequest:
     message = message[0].lower() + message[1:]
     if error["type"] == "missing":
         message = "is required"
-    elif error["type"] not in ("value_error", "unsupported_parameter"):
+    elif error["type"] not in ("value_error", "unsupported_parameter", "limit"):
         message += f", not {short(error['input'])}"
     code = error["type"] if error["type"] == "unsupported_parameter" else "invalid_value"
-    return InvalidRequest(f"{param}: {message}", param=param, code=code)
+    reason = error.get("ctx", {}).get("limit")
+    return InvalidRequest(f"{param}: {message}", param=param, code=code, reason=reason)
 
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 
 
-def ignored_header(body: GenerationBody) -> dict[str, str]:
+def ignored_header(body: Body, *, strict: bool = False) -> dict[str, str]:
     """`x-duetjax-ignored` with the unknown fields' names, for a response; empty if none.
 
     Names are the client's: what could not stand in a header is shown as "?", and 16 are enough.
+    Strict, it raises `InvalidRequest` for the first of them.
     """
     names = []
+    if strict and (unknown := next(body.unknown_fields(), None)) is not None:
+        raise InvalidRequest(
+            f"{short(unknown)} is not a parameter; leave it out",
+            param=unknown[:128],
+            code="unsupported_parameter",
+        )
     for name, _ in zip(body.unknown_fields(), range(16), strict=False):
         names.append(name if _PLAIN_NAME.fullmatch(name) else "?")
     return {"x-duetjax-ignored": ", ".join(names)} if names else {}

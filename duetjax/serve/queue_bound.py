@@ -1,36 +1,44 @@
-"""How many requests may wait: what comes beyond is told when to come again."""
+"""How much may wait: what comes beyond is told when to come again."""
 
 import math
-
-from prometheus_client import Counter
 
 from duetjax.config import InvalidRequest
 from duetjax.engine import EngineClient
 from duetjax.serve.errors import HttpError
+from duetjax.serve.limits import Limits
 
 _LONGEST_SECONDS = 60
 _HIGH_WATER, _LOW_WATER = 0.9, 0.5
 
 
 class QueueBound:
-    """Turns requests away once as many are live as may run and wait; None as bound takes all.
+    """Turns requests away once too many are live, too many tokens wait, or they would come late.
 
-    Live is what has been submitted and has not ended, so nothing need be given back. Used on the
-    event loop's thread alone, where all submissions are made. refused: counts what was turned away.
+    Live is what has been submitted and has not ended, so no place need be given back. Used on the
+    event loop's thread alone, where all submissions are made. queued_tokens: of prompts that were
+    submitted and whose first token has not come; whoever submits adds them and takes them off.
     """
 
-    def __init__(self, client: EngineClient, max_queued: int | None, refused: Counter) -> None:
+    def __init__(self, client: EngineClient, limits: Limits) -> None:
         self._client = client
-        self._most = None if max_queued is None else client.num_slots + max_queued
-        self._refused = refused
+        self._limits = limits
+        queued = limits.max_num_queued_reqs
+        self._most = None if queued is None else client.num_slots + queued
         self._waits_for_low_water = False
+        self.queued_tokens = 0
 
-    def check(self, count: int) -> None:
-        """Raises a 429 where `count` generations more are too many now; 400 where they always are.
+    def check(self, count: int, tokens: int = 0, ttft_slo_ms: float | None = None) -> None:
+        """Raises a 429 where `count` generations of `tokens` prompt tokens are too many now.
 
-        Retry-After is the predicted time until all prompts before it have been computed, from 1 to
-        60 seconds; 1 where nobody predicts.
+        400 where they always are. ttft_slo_ms: their objective; None is the server's. Retry-After
+        is the predicted time until all prompts before it have been computed, from 1 to 60 seconds;
+        1 where nobody predicts.
         """
+        self._check_requests(count)
+        self._check_tokens(tokens)
+        self._check_ttft(tokens, ttft_slo_ms)
+
+    def _check_requests(self, count: int) -> None:
         if self._most is None:
             return
         if count > self._most:
@@ -38,19 +46,44 @@ class QueueBound:
                 f"the request asks for {count} generations; this server takes at most {self._most}"
                 " at once, running and waiting",
                 param="n",
+                reason="max_num_queued_reqs",
             )
         self.why_full()  # between two looks of a probe it may have been
         live = self._client.num_live
         if live + count > self._most:
-            self._refused.inc()
-            seconds = self.seconds()
-            raise HttpError(
-                429,
-                "queue_full",
-                f"the queue is full: {live} generations run or wait and at most {self._most} may;"
-                f" try again in {seconds} s",
-                headers={"retry-after": str(seconds)},
+            raise self._full(f"{live} generations run or wait and at most {self._most} may")
+
+    def _check_tokens(self, tokens: int) -> None:
+        most = self._limits.max_num_queued_tokens
+        if most is not None and self.queued_tokens and self.queued_tokens + tokens > most:
+            raise self._full(
+                f"{self.queued_tokens} prompt tokens wait and at most {most} may",
+                reason="max_num_queued_tokens",
             )
+
+    def _check_ttft(self, tokens: int, objective_ms: float | None) -> None:
+        if objective_ms is None:
+            objective_ms = self._limits.ttft_slo_ms
+        if objective_ms is None or not self.queued_tokens:
+            return
+        ms_per_token = self._client.stats().ms_per_prompt_token or 0.0
+        predicted_ms = (self.queued_tokens + tokens) * ms_per_token
+        if predicted_ms > objective_ms:
+            raise self._full(
+                f"the first token is predicted to come in {predicted_ms:.0f} ms, later than the"
+                f" objective of {objective_ms:g} ms",
+                reason="ttft_slo_ms",
+            )
+
+    def _full(self, why: str, reason: str | None = None) -> HttpError:
+        seconds = self.seconds()
+        return HttpError(
+            429,
+            "queue_full",
+            f"the queue is full: {why}; try again in {seconds} s",
+            headers={"retry-after": str(seconds)},
+            reason=reason,
+        )
 
     def why_full(self) -> str | None:
         """Why to send work elsewhere, in words; None where there is no reason.

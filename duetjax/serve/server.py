@@ -16,11 +16,10 @@ from duetjax.serve.admission import shutting_down
 from duetjax.serve.app import create_app
 from duetjax.serve.context import Context, Service
 from duetjax.serve.errors import engine_dead, not_running
-from duetjax.serve.h11_protocol import JsonErrorProtocol
+from duetjax.serve.h11_protocol import TimedProtocol
 
 _log = logging.getLogger(__name__)
-_MAX_HEADER_BYTES = 64 * 2**10
-_KEEP_ALIVE_SECONDS = 5
+_FOR_EVER = 10**9  # seconds
 _LAST_WORDS_SECONDS = 2.0  # for error events to leave, once in-flight work has been given up
 _OBITUARY_SECONDS = 3.0  # for probes and new clients to be told of an engine that has died
 _PULSE_SECONDS = 0.1  # between looks whether it has
@@ -49,20 +48,20 @@ class HttpServer:
         self._socket = listener
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        app = create_app(service)
+        app, limits = create_app(service), service.limits
         self._context: Context = app.state.context
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=JsonErrorProtocol,
+                http=TimedProtocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                h11_max_incomplete_event_size=limits.max_header_bytes,
+                timeout_keep_alive=limits.keep_alive_s or _FOR_EVER,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=1,
             )
         )

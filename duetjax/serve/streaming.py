@@ -1,6 +1,7 @@
 """Server-sent events: a stream always ends with finish chunks or an error event, then [DONE]."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -20,16 +21,23 @@ _PING = b": still working\n\n"
 _DONE = b"data: [DONE]\n\n"
 
 
-async def send_stream(call: Call, generation: Generation, send: Send) -> None:
-    """Streams a submitted call; a fault from here on becomes its last event."""
+async def send_stream(
+    call: Call, generation: Generation, send: Send, refuse: Callable[[str], None]
+) -> None:
+    """Streams a submitted call; a fault from here on becomes its last event.
+
+    refuse: told why a stream was given up.
+    """
     headers = [(k.encode(), v.encode()) for k, v in (_HEADERS | dict(call.headers)).items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
         await _send_chunks(call, generation, send)
     except HttpError as error:
+        refuse(error.reason)
         await _write(send, _event(error_object(error)))
     except Exception:
         _log.exception("a stream failed after its start")
+        refuse(internal_error().reason)
         await _write(send, _event(error_object(internal_error())))
     await send({"type": "http.response.body", "body": _DONE, "more_body": False})
 

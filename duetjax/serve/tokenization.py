@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import FailFast, Field
+from pydantic import FailFast, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,7 +13,15 @@ from duetjax.serve.body import json_response, read_json
 from duetjax.serve.call import check_characters, check_ids, check_model
 from duetjax.serve.chat import encode_messages
 from duetjax.serve.context import Context, Service
-from duetjax.serve.protocol import MAX_MESSAGES, Body, Message, parsed
+from duetjax.serve.protocol import (
+    TEXT,
+    Body,
+    Messages,
+    ModelName,
+    TokenId,
+    ignored_header,
+    parsed,
+)
 
 MOST_TOKENS_A_POSITION = 8
 """Token ids that /detokenize takes, times max_model_len: as many as text it may come from."""
@@ -22,9 +30,9 @@ MOST_TOKENS_A_POSITION = 8
 class TokenizeBody(Body):
     """A prompt, or messages for the chat template."""
 
-    model: str
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    model: ModelName
+    prompt: Annotated[str, WithJsonSchema(TEXT)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, bool | str] = Field(default_factory=dict)
@@ -33,30 +41,32 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """Token ids."""
 
-    model: str
-    tokens: Annotated[list[int], FailFast()]
+    model: ModelName
+    tokens: Annotated[
+        list[TokenId], FailFast(), Field(json_schema_extra={"maxItems": "max_detokenized"})
+    ]
 
 
 class TokenizationEndpoint:
     """One of the two routes; tokenising may take long, so it is done in a thread."""
 
     def __init__(
-        self, context: Context, answer: Callable[[Service, dict[str, Any]], dict[str, Any]]
+        self, context: Context, compute: Callable[[Service, dict[str, Any]], Response]
     ) -> None:
         self._context = context
-        self._compute = answer
+        self._compute = compute
 
     async def answer(self, request: Request) -> Response:
         """Answers one request; raises `InvalidRequest` or `HttpError`."""
         with self._context.admission.admit():
-            body = await read_json(request)
-            answer = await asyncio.to_thread(self._compute, self._context.service, body)
-        return json_response(answer)
+            body = await read_json(request, self._context.service.limits)
+            return await asyncio.to_thread(self._compute, self._context.service, body)
 
 
-def tokenize(service: Service, given: dict[str, Any]) -> dict[str, Any]:
+def tokenize(service: Service, given: dict[str, Any]) -> Response:
     """The ids of a prompt, or of messages as the chat template writes them."""
-    body = parsed(TokenizeBody, given)
+    body = parsed(TokenizeBody, given, service.limits)
+    headers = ignored_header(body, strict=service.strict_params)
     check_model(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give prompt or messages, one of them", param="prompt")
@@ -72,12 +82,14 @@ def tokenize(service: Service, given: dict[str, Any]) -> dict[str, Any]:
             body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt,
         )
-    return {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
+    answer = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
+    return json_response(answer, headers)
 
 
-def detokenize(service: Service, given: dict[str, Any]) -> dict[str, Any]:
+def detokenize(service: Service, given: dict[str, Any]) -> Response:
     """The text of token ids, special tokens spelled out."""
-    body = parsed(DetokenizeBody, given)
+    body = parsed(DetokenizeBody, given, service.limits)
+    headers = ignored_header(body, strict=service.strict_params)
     check_model(service, body.model)
     most = MOST_TOKENS_A_POSITION * service.max_model_len
     if len(body.tokens) > most:
@@ -85,4 +97,5 @@ def detokenize(service: Service, given: dict[str, Any]) -> dict[str, Any]:
             f"tokens has {len(body.tokens)} ids; at most {most} are possible", param="tokens"
         )
     check_ids(service, body.tokens, "tokens")
-    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    text = service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return json_response({"prompt": text}, headers)

@@ -53,7 +53,10 @@ class ChatTemplate:
         try:
             env.add_template(_NAME, _GENERATION_TAG.sub(_as_scope, source))
         except TemplateError as error:
-            raise ModelFolderError(f"chat template does not compile: {_one_line(error)}") from None
+            raise ModelFolderError(
+                f"chat template does not compile: {_one_line(error)}; give another one with"
+                " --chat-template FILE"
+            ) from None
         self.kwarg_names = frozenset(env.undeclared_variables_in_template(_NAME)).difference(
             env.globals, _SET_HERE
         )
@@ -178,7 +181,7 @@ def _render_fault(error: TemplateError) -> InvalidRequest | ModelFolderError:
 
 
 def _one_line(error: TemplateError) -> str:
-    return str(error).replace("\n", " ")
+    return str(error).partition("\n")[0]
 
 
 def _as_scope(tag: re.Match[str]) -> str:

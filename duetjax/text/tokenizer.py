@@ -247,7 +247,10 @@ def _load_backend(tokenizer_json: bytes) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(tokenizer_json)
     except Exception as error:  # the binding raises bare Exceptions too
         reason = str(error).replace("\n", " ")[:300]
-        raise ModelFolderError(f"tokenizer.json cannot be loaded: {reason}") from None
+        raise ModelFolderError(
+            f"tokenizer.json cannot be loaded: {reason}; download it again, or name another folder"
+            " with --tokenizer"
+        ) from None
     # Limits kept from training would cut or pad prompts silently.
     backend.no_truncation()
     backend.no_padding()
@@ -305,7 +308,7 @@ def _template_source(folder: Path, config: Mapping[str, Any], override: Path | N
     if content is not None:
         return content.decode(errors="replace")
     if override is not None:
-        raise ModelFolderError(f"chat template {override} does not exist")
+        raise ModelFolderError(f"chat template {override} does not exist; give a file")
     template = config.get("chat_template")
     if isinstance(template, list):
         named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")

@@ -119,7 +119,8 @@ class AlphabetExecutor(FakeExecutor):
 class FakeEngine(EngineClient):
     """The real engine over `executor`; it remembers what was asked of it.
 
-    durations: who foretells its launches. requests: those of `submitted`, whole.
+    durations: who foretells its launches. requests: those of `submitted`, whole. expired: aborted
+    unless they had begun.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class FakeEngine(EngineClient):
         self.submitted: list[str] = []
         self.requests: list[NewRequest] = []
         self.aborted: list[str] = []
+        self.expired: list[str] = []
         rows = [2**i for i in range(1, 8) if 2 ** (i - 1) < max(2, num_slots)]
         limits = SchedulerLimits(
             num_pages=num_pages,
@@ -153,10 +155,10 @@ class FakeEngine(EngineClient):
         self.submitted.append(new.id)
         self.requests.append(new)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, *, unless_begun: bool = False) -> None:
         """Passes on and remembers."""
-        self.aborted.append(request_id)
-        super().abort(request_id)
+        (self.expired if unless_begun else self.aborted).append(request_id)
+        super().abort(request_id, unless_begun=unless_begun)
 
     def wait_idle(self) -> None:
         """Until no request is left and no page is held."""

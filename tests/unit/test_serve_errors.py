@@ -11,7 +11,7 @@ from serve_setup import MODEL, make_service, post_bytes, read_all, serving
 
 from duetjax.serve.app import create_app
 from duetjax.serve.auth import PUBLIC_PATHS
-from duetjax.serve.body import MAX_BODY_BYTES
+from duetjax.serve.limits import Limits
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 MODELS = ("/v1/models", f"/v1/models/{MODEL}", "/v1/models/abc/alias")
@@ -204,7 +204,7 @@ def test_stop_ids_are_bounded_together_with_the_end_of_sequence_ids(http):
 
 
 def test_a_body_over_the_limit_is_413_whether_its_length_is_declared_or_not(http):
-    body = b" " * (MAX_BODY_BYTES + 1)
+    body = b" " * (Limits().max_body_bytes + 1)
     chunks = (body[i : i + 50_000] for i in range(0, len(body), 50_000))
     for content in (body, chunks):
         assert error_of(http.post("/v1/completions", content=content), 413)
@@ -212,7 +212,7 @@ def test_a_body_over_the_limit_is_413_whether_its_length_is_declared_or_not(http
 
 
 def test_a_body_of_exactly_the_limit_is_read(http):
-    assert error_of(http.post("/v1/completions", content=b" " * MAX_BODY_BYTES), 400)
+    assert error_of(http.post("/v1/completions", content=b" " * Limits().max_body_bytes), 400)
 
 
 def test_a_body_over_the_limit_is_refused_before_the_client_sends_it(served):

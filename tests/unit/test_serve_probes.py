@@ -8,6 +8,7 @@ from fake_engine import FakeEngine, wait_until
 from serve_setup import MODEL, serving
 from test_serve_errors import error_of
 
+from duetjax.serve.limits import Limits
 from duetjax.serve.queue_bound import QueueBound
 
 PROBES = ("/livez", "/readyz", "/health")
@@ -59,7 +60,7 @@ def test_a_server_that_drains_lives_and_takes_no_more_work(folder):
 
 
 def test_a_full_queue_sends_work_elsewhere_and_stays_healthy(folder):
-    with serving(folder, FakeEngine(num_slots=2), max_num_queued_reqs=10) as served:
+    with serving(folder, FakeEngine(num_slots=2), limits=Limits(max_num_queued_reqs=10)) as served:
         served.engine.executor.hold()
         with served.http() as http, ThreadPoolExecutor(11) as pool, served.http() as other:
             sent = [pool.submit(other.post, "/v1/completions", json=BODY) for _ in range(10)]
@@ -97,26 +98,30 @@ def looks(bound, engine, live):
 
 def test_it_is_full_from_high_water_until_low_water():
     engine = Engine()
-    bound = QueueBound(engine, 10, None)
+    bound = QueueBound(engine, Limits(max_num_queued_reqs=10))
     live = [0, 10, 11, 12, 8, 10, 8, 7, 8, 10, 11, 7]
     assert looks(bound, engine, live) == [n in (2, 3, 4, 5, 6, 10) for n in range(len(live))]
 
 
 def test_without_a_queue_it_is_full_while_all_slots_are_taken():
     engine = Engine()
-    assert looks(QueueBound(engine, 0, None), engine, [1, 2, 1, 2, 0]) == [False, True] * 2 + [
-        False
-    ]
+    assert looks(QueueBound(engine, Limits(max_num_queued_reqs=0)), engine, [1, 2, 1, 2, 0]) == [
+        False,
+        True,
+    ] * 2 + [False]
 
 
 def test_without_a_bound_it_is_never_full():
     engine = Engine()
-    assert looks(QueueBound(engine, None, None), engine, [0, 10**6]) == [False, False]
+    assert looks(QueueBound(engine, Limits(max_num_queued_reqs=None)), engine, [0, 10**6]) == [
+        False,
+        False,
+    ]
 
 
 def test_a_peak_between_two_looks_counts():
     engine = Engine()
-    bound = QueueBound(engine, 10, None)
+    bound = QueueBound(engine, Limits(max_num_queued_reqs=10))
     engine.num_live = 11
     bound.check(1)
     assert looks(bound, engine, [9, 7]) == [True, False]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duetjax.config import InvalidRequest
-from duetjax.serve.protocol import _NEUTRAL, ChatBody, CompletionBody, ignored_header
+from duetjax.serve.limits import Limits
+from duetjax.serve.protocol import NEUTRAL, ChatBody, CompletionBody, ignored_header
 
 SCALAR = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
@@ -16,7 +17,7 @@ FLAT = (
     SCALAR | st.lists(SCALAR, max_size=3) | st.dictionaries(st.text(max_size=5), SCALAR, max_size=3)
 )
 JSON = FLAT | st.lists(FLAT, max_size=3)
-FIELDS = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *_NEUTRAL})
+FIELDS = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *NEUTRAL})
 
 
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
@@ -30,7 +31,7 @@ def test_any_object_is_taken_or_refused_by_the_name_of_a_field(kind, body, is_co
     given_body = body | needed if is_complete else body
     parsed, fault = None, None
     try:
-        parsed = kind.parse(given_body)
+        parsed = kind.parse(given_body, Limits())
     except InvalidRequest as error:
         fault = error
     if parsed is not None:
@@ -49,17 +50,17 @@ def test_any_object_is_taken_or_refused_by_the_name_of_a_field(kind, body, is_co
     | st.lists(st.lists(st.integers(), min_size=1, max_size=5), min_size=1, max_size=32)
 )
 def test_a_list_of_prompts_is_kept_as_it_is(prompts):
-    parsed = CompletionBody.parse({"model": "m", "prompt": prompts}).prompt
+    parsed = CompletionBody.parse({"model": "m", "prompt": prompts}, Limits()).prompt
     assert [p if isinstance(p, str) else list(p) for p in parsed] == prompts
 
 
 def test_many_unknown_fields_are_cut_to_a_header_of_bounded_length():
     body = {f"field-{'x' * 50}{i}": i for i in range(5000)}
-    parsed = CompletionBody.parse({"model": "m", "prompt": "a"} | body)
+    parsed = CompletionBody.parse({"model": "m", "prompt": "a"} | body, Limits())
     assert ignored_header(parsed)["x-duetjax-ignored"].count(",") == 15
 
 
 def test_many_wrong_messages_are_refused_at_the_first():
     with pytest.raises(InvalidRequest) as caught:
-        ChatBody.parse({"model": "m", "messages": [{"role": "x"}] * 1024})
+        ChatBody.parse({"model": "m", "messages": [{"role": "x"}] * 1024}, Limits())
     assert caught.value.param == "messages[0].role"

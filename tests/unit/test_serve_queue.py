@@ -13,6 +13,7 @@ from test_serve_metrics import scrape
 
 from duetjax.policy.durations import DurationTable
 from duetjax.policy.launch import Program
+from duetjax.serve.limits import Limits
 
 SLOTS = 2
 BODY = {"model": MODEL, "prompt": "a", "max_tokens": 3}
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 def queueing(folder, max_queued, engine=None):
     engine = engine or FakeEngine(num_slots=SLOTS)
-    return serving(folder, engine, max_num_queued_reqs=max_queued)
+    return serving(folder, engine, limits=Limits(max_num_queued_reqs=max_queued))
 
 
 class Crowd:

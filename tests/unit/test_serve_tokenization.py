@@ -120,6 +120,8 @@ def test_every_limit_of_a_request_is_one(http):
         assert http.post(path, json=body).status_code == 400, name
     body = b'{"model":"' + b"x" * limits["max_body_bytes"] + b'"}'
     assert http.post("/v1/completions", content=body).status_code == 413
-    of_the_server = {"max_body_bytes", "max_num_seqs", "max_num_queued_reqs"}
-    assert limits.keys() - beyond.keys() == of_the_server
-    assert (limits["max_num_seqs"], limits["max_num_queued_reqs"]) == (32, None)
+    assert http.get("/v1/models", headers={f"x-{i}": "" for i in range(101)}).status_code == 400
+    elsewhere = {"max_num_seqs", "max_body_bytes", "max_headers", "max_header_bytes"}
+    elsewhere |= {name for name in limits if "_queued_" in name or name.endswith(("_s", "_ms"))}
+    assert limits.keys() - beyond.keys() == elsewhere
+    assert (limits["max_num_seqs"], limits["max_num_queued_reqs"]) == (32, 256)

@@ -1,0 +1,140 @@
+"""The JSON schemas of all that requests and answers hold, with one server's bounds in them.
+
+Pydantic makes them of their types; what those leave to others to check is added here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, override
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+from duetjax.config import INTEGER_RANGES, MAX_STOP_IDS, RANGES
+from duetjax.serve.answer_types import ANSWERS
+from duetjax.serve.context import Service
+from duetjax.serve.protocol import NEUTRAL, WITHOUT_EFFECT, ChatBody, CompletionBody
+from duetjax.serve.tokenization import MOST_TOKENS_A_POSITION, DetokenizeBody, TokenizeBody
+
+type Schema = dict[str, Any]
+
+_GENERATING = (ChatBody, CompletionBody)
+_TYPES = (*_GENERATING, TokenizeBody, DetokenizeBody, *ANSWERS)
+_NULL = {"type": "null"}
+_BY_NAME = ("enum", "maximum", "maxItems", "maxLength", "maxProperties")
+
+_NOTES = {
+    "max_tokens": "A prompt and its output have at most {max_model_len} tokens.",
+    "max_completion_tokens": "Another name of max_tokens; where both are sent they must agree.",
+    "min_tokens": "At most max_tokens.",
+    "top_k": "0 and -1 keep all tokens.",
+    "logit_bias": "By token id.",
+    "stop": "Ends the text before it.",
+    "stop_token_ids": f"With the model's own end-of-sequence ids at most {MAX_STOP_IDS}.",
+    "n": "For each prompt; prompts x n is at most {max_choices}.",
+    "stream_options": "Needs stream: true.",
+    "priority": "Lower goes first.",
+    "cache_salt": "Computed prompts are shared by requests with the same one alone.",
+    "prompt": "Has at least one token.",
+    "messages": "Together at most {max_prompt_characters} characters.",
+    "chat_template_kwargs": "Only variables that the model's chat template names.",
+    "top_logprobs": "Needs logprobs: true.",
+    "echo": "Not together with logprobs.",
+}
+"""What a schema cannot say of the fields of generating requests."""
+
+
+def schemas(service: Service, error_codes: tuple[str, ...]) -> dict[str, Schema]:
+    """Of every type by name, as they stand in an OpenAPI document's components."""
+    _, document = TypeAdapter.json_schemas(
+        [(kind, "validation", TypeAdapter(kind)) for kind in _TYPES],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_Untitled,
+    )
+    named: dict[str, Schema] = document["$defs"]
+    for kind in _GENERATING:
+        _complete(named[kind.__name__]["properties"])
+    named["Limits"]["properties"] |= {
+        "max_model_len": {"type": "integer"},
+        "max_num_seqs": {"type": "integer"},
+    }
+    named["Limits"]["required"] = list(named["Limits"]["properties"])
+    named["CompletedLaunch"]["properties"]["dropped"] = {
+        "type": "integer",
+        "description": "Launches before this one that came too fast for the watcher.",
+    }
+    for schema in named.values():
+        if schema.get("additionalProperties"):  # a request's
+            schema["additionalProperties"] = not service.strict_params
+            _allow_nulls(schema)
+        elif "properties" in schema:
+            schema["additionalProperties"] = False
+    bounded: dict[str, Schema] = _with_bounds(named, _bounds(service, error_codes))
+    return bounded
+
+
+class _Untitled(GenerateJsonSchema):
+    """Without a title for each field, which would say its name once more."""
+
+    @override
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _complete(properties: dict[str, Schema]) -> None:
+    """Adds what `SamplingParams` and `GenerationBody.parse` check."""
+    for name, (least, most) in {**RANGES, **INTEGER_RANGES}.items():
+        properties[name] |= {"minimum": least, "maximum": most}
+    properties["top_p"] |= {"exclusiveMinimum": 0, "maximum": 1}
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        least = 0 if name == "min_tokens" else 1
+        properties[name] |= {"minimum": least, "maximum": "max_prompt_tokens"}
+    for name, values in NEUTRAL.items():
+        properties[name] = {"enum": [*values, None], "description": "Other values are refused."}
+    for name in WITHOUT_EFFECT:
+        properties[name] = {"description": "Without effect."}
+    for name in _NOTES.keys() & properties.keys():
+        properties[name]["description"] = _NOTES[name]
+
+
+def _allow_nulls(schema: Schema) -> None:
+    """What may be left out may be null, as `Body` reads it."""
+    properties = schema["properties"]
+    for name in properties.keys() - set(schema.get("required", ())):
+        field = properties[name]
+        options = [each for each in field.pop("anyOf", ()) if each != _NULL]
+        if len(options) == 1 and isinstance(options[0].get("type"), str):
+            field |= options.pop()
+        if "$ref" in field:
+            options = [{"$ref": field.pop("$ref")}]
+        if options:
+            field["anyOf"] = [*options, _NULL]
+        elif "type" in field:
+            field["type"] = [field["type"], "null"]
+
+
+def _bounds(service: Service, error_codes: tuple[str, ...]) -> Mapping[str, Any]:
+    """All that stands by its name in a schema."""
+    longest = service.max_model_len
+    return asdict(service.limits) | {
+        "max_model_len": longest,
+        "max_prompt_characters": service.limits.characters(longest),
+        "max_prompt_tokens": longest - 1,
+        "max_detokenized": MOST_TOKENS_A_POSITION * longest,
+        "last_token_id": service.vocab_size - 1,
+        "model_names": list(service.model_names),
+        "error_codes": list(error_codes),
+    }
+
+
+def _with_bounds(value: Any, bounds: Mapping[str, Any], key: str = "") -> Any:  # noqa: ANN401
+    """A schema, or a part of one that stands under `key`, with names replaced."""
+    if isinstance(value, dict):
+        return {name: _with_bounds(part, bounds, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_bounds(part, bounds) for part in value]
+    if not isinstance(value, str):
+        return value
+    if key == "description":
+        return value.format_map(bounds)
+    return bounds[value] if key in _BY_NAME else value
