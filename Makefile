@@ -8,11 +8,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-device gpu-check study faults lock newest
+.PHONY: help setup demo test lint types check-native check-clients check-device gpu-check study faults lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
 LOCKED_JAX := 0.11.2
+CLIENTS := openai2 openai3 aiperf
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +37,11 @@ check-native: $(VENV)/.installed-dev  ## the launcher's C against a fake driver,
 	@command -v $(CC) >/dev/null || { echo "check-native: skipped, no C compiler"; exit 0; } && \
 		$(MAKE) --no-print-directory -C tests/native check FULL=$(FULL) SITE="$$($(PY) -c \
 			'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+check-clients: $(VENV)/.installed $(CLIENTS:%=build/clients/%/.installed)  ## openai 2 and 3, and aiperf, against servers started here
+	$(PY) tests/clients/run.py openai_client.py build/clients/openai2/bin/python
+	$(PY) tests/clients/run.py openai_client.py build/clients/openai3/bin/python
+	$(PY) tests/clients/run.py aiperf_client.py build/clients/aiperf/bin/python
 
 gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake|host: without one; PYTHON= chooses
 	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results
@@ -91,3 +97,10 @@ build/latest/.installed build/latest/.installed-dev: newest ;
 newest:
 	python=$$(.ci/python) && rm -rf build/latest && $(new_venv) build/latest
 	$(install) -e '.[dev]'
+
+# A client's packages never meet the server's.
+build/clients/%/.installed: PY = build/clients/$*/bin/python
+build/clients/%/.installed: tests/clients/requirements-%.txt
+	python=$$(.ci/python) && rm -rf $(@D) && $(new_venv) $(@D)
+	$(install) -r $<
+	touch $@

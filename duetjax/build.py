@@ -7,6 +7,7 @@ device is to compute something.
 import logging
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from duetjax import build_sim
 from duetjax.checkpoint.generation import GenerationDefaults
 from duetjax.checkpoint.source import LoadFormat, ModelSource, SourceKind, resolve_model
 from duetjax.config import ConfigError, DeviceName, EngineConfig, ModelConfig, SamplingParams
-from duetjax.engine import EngineClient
+from duetjax.engine import Engine
+from duetjax.engine_process import EngineProcess
 from duetjax.planning import check_profiles
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.text.tokenizer import Tokenizer
@@ -47,7 +49,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
     max_model_len: int
-    engine: EngineClient
+    engine: Engine
     _seeds: random.Random = field(repr=False)
     compilations: Callable[[], int] = field(default=lambda: 0, repr=False)
     notice: str = ""
@@ -72,11 +74,16 @@ class LoadedModel:
 
 
 def load(
-    request: ModelRequest, engine: EngineConfig, *, needs_tokenizer: bool = False
+    request: ModelRequest,
+    engine: EngineConfig,
+    *,
+    needs_tokenizer: bool = False,
+    own_process: bool = False,
 ) -> LoadedModel:
     """Loads weights and compiles every program, saying what it does; takes seconds to minutes.
 
-    With --device sim there is neither, and it takes a moment.
+    With --device sim there is neither, and it takes a moment. own_process: the engine is an
+    `EngineProcess`, and does this there.
     Raises `DuetJAXError` with one line for whatever the caller can mend.
     """
     check_profiles(engine)
@@ -85,23 +92,35 @@ def load(
     if is_simulated and load_format == LoadFormat.AUTO:
         load_format = LoadFormat.DUMMY  # no weights are looked for
     source = resolve_model(request.model, load_format=load_format)
-    _log.info(source.description)
-    if source.generation.ignored:
-        _log.warning(
-            "generation_config.json: %s not supported, ignored",
-            ", ".join(source.generation.ignored),
+    with ExitStack() as on_failure:
+        process = None
+        if own_process:  # which loads jax while this one loads the tokenizer
+            process = EngineProcess(request, engine)
+            on_failure.callback(process.kill)
+        else:
+            _describe(source)
+        tokenizer = _tokenizer(source, request)
+        if tokenizer is None and needs_tokenizer:
+            raise ConfigError(
+                f"model {source.name} has no tokenizer; name a folder with --tokenizer"
+            )
+        loaded = partial(
+            LoadedModel,
+            name=source.name,
+            config=source.config,
+            tokenizer=tokenizer,
+            generation=source.generation,
+            _seeds=random.Random(engine.seed),
         )
-    tokenizer = _tokenizer(source, request)
-    if tokenizer is None and needs_tokenizer:
-        raise ConfigError(f"model {source.name} has no tokenizer; name a folder with --tokenizer")
-    loaded = partial(
-        LoadedModel,
-        name=source.name,
-        config=source.config,
-        tokenizer=tokenizer,
-        generation=source.generation,
-        _seeds=random.Random(engine.seed),
-    )
+        if process is not None:
+            process.wait_ready()
+            on_failure.pop_all()
+            return loaded(
+                engine=process,
+                max_model_len=process.max_model_len,
+                notice=process.notice,
+                compilations=lambda: process.num_compilations,
+            )
     if is_simulated:
         client, max_model_len, notice = build_sim.build_engine(source, tokenizer, engine)
         return loaded(engine=client, max_model_len=max_model_len, notice=notice)
@@ -110,6 +129,15 @@ def load(
 
     client, plan = build_engine(source, engine, load_format=load_format)
     return loaded(engine=client, max_model_len=plan.max_model_len, compilations=compilations.count)
+
+
+def _describe(source: ModelSource) -> None:
+    _log.info(source.description)
+    if source.generation.ignored:
+        _log.warning(
+            "generation_config.json: %s not supported, ignored",
+            ", ".join(source.generation.ignored),
+        )
 
 
 def _tokenizer(source: ModelSource, request: ModelRequest) -> Tokenizer | None:

@@ -57,7 +57,7 @@ def build_engine(
     size, buckets = np.dtype(jnp.dtype(programs.layout.dtype)).itemsize, programs.buckets
     shapes = shape_profile(source.name, source.config, size, buckets, buckets.prefill_rows)
     profiles = read_profiles(engine, shapes)
-    weights = _load_weights(source, programs, load_format, engine.seed)
+    weights = _load_weights(source, programs, load_format, engine.seed, on_host=device.is_host)
     leaves = programs.definition.ordered(weights)
     ready = _compile(programs, device, memory, engine, leaves, ProgramStore(store))
     with _GraphBar() as bar:
@@ -161,9 +161,13 @@ def _limits(engine: EngineConfig, plan: MemoryPlan, shapes: Buckets) -> Schedule
 
 
 def _load_weights(
-    source: ModelSource, programs: Programs, load_format: str, seed: int
+    source: ModelSource, programs: Programs, load_format: str, seed: int, *, on_host: bool
 ) -> Mapping[str, jax.Array]:
-    """Every leaf on the device, fused and in the serving dtype."""
+    """Every leaf on the device, fused and in the serving dtype.
+
+    on_host: a device that would go on using the file that a leaf is mapped to, to which others may
+    write.
+    """
     fusion, dtype = programs.definition.fusion, np.dtype(jnp.dtype(programs.layout.dtype))
     if load_format == LoadFormat.DUMMY:
         tensors = dummy_weights(fusion.shapes, dtype, seed)
@@ -176,7 +180,7 @@ def _load_weights(
     bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None)
     with bar:
         for name, leaf in fusion.fuse(tensors):
-            weights[name] = jnp.array(leaf)  # a copy: others may write to the file it is mapped to
+            weights[name] = jax.device_put(leaf.copy() if on_host else leaf)
             bar.update(leaf.nbytes)
     return weights
 

@@ -19,7 +19,7 @@ from duetjax.serve.limits import OFFLINE, Limits
 
 if TYPE_CHECKING:
     from duetjax.build import LoadedModel
-    from duetjax.engine import EngineClient
+    from duetjax.engine import Engine
     from duetjax.serve.context import Service
 
 _CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         "--strict-params", action="store_true", help="refuse unknown parameters, with 400"
     )
     serve.add_argument("--metrics-public", action="store_true", help="show /metrics without a key")
+    serve.add_argument(
+        "--disable-frontend-multiprocessing",
+        action="store_true",
+        help="run the engine in the server's own process",
+    )
     _add_limit_flags(serve)
     _add_engine_flags(serve)
     serve.set_defaults(run=_serve)
@@ -480,7 +485,12 @@ def _serve(args: argparse.Namespace) -> int:
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
     with bind(args.host, args.port) as listener:
-        model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
+        model = load(
+            request,
+            EngineConfig(**_engine_settings(args)),
+            needs_tokenizer=True,
+            own_process=not args.disable_frontend_multiprocessing,
+        )
         service = _service(model, args.served_model_name or [model.name])
         service = replace(
             service,
@@ -494,7 +504,7 @@ def _serve(args: argparse.Namespace) -> int:
         notice = f" ({model.notice})" if model.notice else ""
         with _shutting_down(model.engine):
             server.run(lambda line: _announce(line + notice))
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
+            _ignore_sigterm()
     return 0
 
 
@@ -503,6 +513,11 @@ def _end_by_signal(number: int, _frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
     os._exit(128 + number)  # the kernel spares that one
+
+
+def _ignore_sigterm() -> None:
+    """It is ending already, with the code of what it has done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _announce(line: str) -> None:
@@ -520,7 +535,7 @@ def _discard_output() -> None:
 
 
 @contextmanager
-def _shutting_down(engine: "EngineClient") -> Iterator[None]:
+def _shutting_down(engine: "Engine") -> Iterator[None]:
     """Ends an engine when it is left; raises `EngineDead` if it has failed."""
     from duetjax.engine import EngineDead
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from duetjax.config import InvalidRequest, SamplingParams
-from duetjax.engine import EngineClient, EngineDead
+from duetjax.engine import Engine, EngineDead
 from duetjax.policy.request import FinishReason, TokenLogprob
 from duetjax.policy.request import RequestOutput as EngineOutput
 from duetjax.text.stream import TextStream
@@ -172,7 +172,7 @@ def request_output(
     )
 
 
-def check_alive(engine: EngineClient, output: EngineOutput) -> None:
+def check_alive(engine: Engine, output: EngineOutput) -> None:
     """Raises `EngineDead` for an output that says so; one that failed alone is none."""
     if output.finish is FinishReason.ERROR and engine.failure is not None:
         raise EngineDead(f"the engine failed: {engine.failure!r}")

@@ -13,10 +13,12 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
 from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.policy.launch import Executor, FinishedStep, Launch
+from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.scheduler import Scheduler
 from duetjax.policy.stats import Stats
@@ -46,6 +48,37 @@ type CompletedLaunches = tuple[CompletedLaunch, ...]
 type LaunchWatcher = Callable[[CompletedLaunches], None]
 
 
+class Engine(Protocol):
+    """What serves requests: an `EngineClient`, or one in a process of its own.
+
+    Members do what those of `EngineClient` do.
+    """
+
+    @property
+    def limits(self) -> SchedulerLimits: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def rung(self) -> str: ...  # noqa: D102
+    @property
+    def num_slots(self) -> int: ...  # noqa: D102
+    @property
+    def num_live(self) -> int: ...  # noqa: D102
+    @property
+    def failure(self) -> BaseException | None: ...  # noqa: D102
+    @property
+    def is_healthy(self) -> bool: ...  # noqa: D102
+    @property
+    def silence(self) -> float: ...  # noqa: D102
+    def start(self, on_outputs: Callable[[StepOutputs], None]) -> None: ...  # noqa: D102
+    def watch(self, seconds: float) -> None: ...  # noqa: D102
+    def submit(self, new: NewRequest) -> None: ...  # noqa: D102
+    def abort(self, request_id: str, *, unless_begun: bool = False) -> None: ...  # noqa: D102
+    def watch_launches(self, watcher: LaunchWatcher) -> Callable[[], None]: ...  # noqa: D102
+    def stats(self) -> Stats: ...  # noqa: D102
+    def shutdown(self, timeout: float) -> bool: ...  # noqa: D102
+
+
 class EngineClient:
     """Submits generations to an engine thread and hands back their tokens, step by step.
 
@@ -67,10 +100,10 @@ class EngineClient:
         on_close: Callable[[], None] = lambda: None,
         rung: str = "",
     ) -> None:
-        self.rung = rung
+        self._rung = rung
         self._scheduler = scheduler  # after start(), touched by the engine thread alone
-        self._limits = scheduler.limits
-        self._vocab_size = vocab_size
+        self.limits = scheduler.limits
+        self.vocab_size = vocab_size
         self._clock = clock
         self._on_close = on_close
         # The thread owns the executor: device memory is free once it has ended.
@@ -124,8 +157,7 @@ class EngineClient:
         Raises `InvalidRequest` for one that can never run or whose id is in use, `EngineDead`
         after a failure or shutdown; then it gets no output.
         """
-        self._limits.check(new)
-        self._check_token_ids(new)
+        check_request(new, self.limits, self.vocab_size)
         with self._wakeup:
             if self._phase is not _Phase.RUNNING:
                 raise EngineDead(self._why_not_running())
@@ -164,9 +196,14 @@ class EngineClient:
         return self._stats
 
     @property
+    def rung(self) -> str:
+        """In a word, how launches run."""
+        return self._rung
+
+    @property
     def num_slots(self) -> int:
         """How many requests can run at once."""
-        return self._limits.num_slots
+        return self.limits.num_slots
 
     @property
     def num_live(self) -> int:
@@ -226,33 +263,6 @@ class EngineClient:
     def _end_watching(self, key: object) -> None:
         with self._wakeup:
             self._watchers = {k: each for k, each in self._watchers.items() if k is not key}
-
-    def _check_token_ids(self, new: NewRequest) -> None:
-        """Refuses ids outside [0, vocab_size): the device would clamp them without a word."""
-        if len(new.stop_ids) > MAX_STOP_IDS:
-            raise InvalidRequest(
-                f"stop_token_ids and the model's end-of-sequence ids are {len(new.stop_ids)}"
-                f" together; at most {MAX_STOP_IDS} are possible",
-                param="stop_token_ids",
-            )
-        self._check_range(new.prompt, "prompt")
-        self._check_range(new.stop_ids, "stop_token_ids")
-        self._check_range(tuple(token for token, _ in new.sampling.biases), "logit_bias")
-
-    def _check_range(self, ids: tuple[int, ...], param: str) -> None:
-        if not ids:
-            return
-        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= self._vocab_size:
-            at, wrong = next(
-                (i, t)
-                for i, t in enumerate(ids)
-                if type(t) is not int or not 0 <= t < self._vocab_size
-            )
-            raise InvalidRequest(
-                f"{param} token {at} is {wrong!r}; token ids are integers from 0 to"
-                f" {self._vocab_size - 1}",
-                param=param,
-            )
 
     def _why_not_running(self) -> str:
         assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
@@ -381,6 +391,36 @@ class EngineClient:
             self._on_outputs(StepOutputs(finished=tuple(ended.items())))
         except Exception:
             _log.exception("on_outputs raised; %d requests may not know of the failure", len(ended))
+
+
+def check_request(new: NewRequest, limits: SchedulerLimits, vocab_size: int) -> None:
+    """Raises `InvalidRequest` for a request that can never run.
+
+    Also for ids outside [0, vocab_size), which the device would clamp without a word.
+    """
+    limits.check(new)
+    if len(new.stop_ids) > MAX_STOP_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids and the model's end-of-sequence ids are {len(new.stop_ids)}"
+            f" together; at most {MAX_STOP_IDS} are possible",
+            param="stop_token_ids",
+        )
+    _check_range(new.prompt, "prompt", vocab_size)
+    _check_range(new.stop_ids, "stop_token_ids", vocab_size)
+    _check_range(tuple(token for token, _ in new.sampling.biases), "logit_bias", vocab_size)
+
+
+def _check_range(ids: tuple[int, ...], param: str, vocab_size: int) -> None:
+    if not ids:
+        return
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size:
+        at, wrong = next(
+            (i, t) for i, t in enumerate(ids) if type(t) is not int or not 0 <= t < vocab_size
+        )
+        raise InvalidRequest(
+            f"{param} token {at} is {wrong!r}; token ids are integers from 0 to {vocab_size - 1}",
+            param=param,
+        )
 
 
 def _stacks() -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,9 +90,8 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one step produced for one request.
+class RequestOutput(NamedTuple):
+    """What one step produced for one request; one is made for each token, so a tuple.
 
     token_ids: newly sampled ids, in order, never empty unless finish says why it ended.
     logprobs: one per token id where the request asked for them, else empty. num_cached_tokens: in

@@ -62,6 +62,10 @@ def joined(deltas: Sequence[Delta]) -> Delta:
 class ReplyFormat(Protocol):
     """How a route spells its output. Usage and errors are the same on every route."""
 
+    @property
+    def is_text_only(self) -> bool:
+        """Whether all that its chunks tell of tokens is their text."""
+
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The body of a response that is not streamed, `choices` complete and by index."""
 

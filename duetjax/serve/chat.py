@@ -71,6 +71,11 @@ class ChatReply:
     prompt: tuple[int, ...] | None
     logprobs_of: Tokenizer | None
 
+    @property
+    def is_text_only(self) -> bool:
+        """Whether the client asked for neither token ids nor logprobs."""
+        return self.prompt is None and self.logprobs_of is None
+
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The response body, without usage."""
         body = {"object": "chat.completion", **self.head}

@@ -70,6 +70,11 @@ class CompletionReply:
     prompts: tuple[tuple[int, ...], ...] | None
     logprobs_of: Tokenizer | None
 
+    @property
+    def is_text_only(self) -> bool:
+        """Whether the client asked for neither token ids nor logprobs."""
+        return self.prompts is None and self.logprobs_of is None
+
     def whole(self, choices: Sequence[Delta]) -> dict[str, Any]:
         """The response body, without usage."""
         whole = [self._choice(c, is_first=True) | self._logprobs(c) for c in choices]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from duetjax.config import SamplingParams
-from duetjax.engine import EngineClient
+from duetjax.engine import Engine
 from duetjax.serve.admission import Admission
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.limits import Limits
@@ -26,7 +26,7 @@ class Service:
     /metrics without a key. watchdog_s: see `EngineConfig`; 0 watches nothing.
     """
 
-    client: EngineClient
+    client: Engine
     tokenizer: Tokenizer
     model_names: tuple[str, ...]
     created: int

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from duetjax.config import DuetJAXError, InvalidRequest
-from duetjax.engine import EngineClient
+from duetjax.engine import Engine
 
 
 class HttpError(Exception):
@@ -49,7 +49,7 @@ def engine_dead(reason: str) -> HttpError:
     return HttpError(500, "engine_dead", reason)
 
 
-def not_running(client: EngineClient) -> str:
+def not_running(client: Engine) -> str:
     """Why an engine takes no work, in words that anybody may read; the log has the others."""
     failure = client.failure
     reason = str(failure) if isinstance(failure, DuetJAXError) else "see the server's log"

@@ -1,6 +1,5 @@
 """The engine requests behind one HTTP call: submitted together, ended together."""
 
-import asyncio
 import math
 import time
 from collections import deque
@@ -98,7 +97,7 @@ class Generation:
     def __enter__(self) -> Self:
         tokens = sum(progress.queued_tokens for progress in self._open.values())
         self._queue.check(len(self._ids), tokens, self._ttft_slo_ms)
-        self._mail: asyncio.Queue[Mail] = self._dispatcher.subscribe(self._ids)
+        self._mail = self._dispatcher.subscribe(self._ids)
         submitted: list[str] = []
         try:
             for progress in self._open.values():
@@ -124,6 +123,11 @@ class Generation:
         """Whether every choice has had its last delta."""
         return not self._open
 
+    @property
+    def has_mail(self) -> bool:
+        """Whether `next` need not wait."""
+        return bool(self._mail)
+
     async def next(self) -> Delta | None:
         """The next piece of any choice; None after `ping_seconds` of silence.
 
@@ -132,38 +136,34 @@ class Generation:
         try:
             while True:
                 mail = await self._next_mail()
+                if mail is None:
+                    if self._client.is_healthy:
+                        return None
+                    raise engine_dead(not_running(self._client))
                 if isinstance(mail, HttpError):
                     raise mail
                 if mail.at > self._must_end:
                     raise self._too_late()
                 if (progress := self._open.get(mail.output.id)) is not None:
                     return self._advance(progress, mail)
-        except TimeoutError:
-            if self._client.is_healthy:
-                return None
-            self._unfinished_because = FinishReason.ERROR
-            raise engine_dead(not_running(self._client)) from None
         except HttpError:
             self._unfinished_because = FinishReason.ERROR
             raise
 
-    async def _next_mail(self) -> Mail:
-        """Raises `TimeoutError` after a silence, `HttpError` once it has lasted too long."""
-        if not self._mail.empty():
-            return self._mail.get_nowait()
-        ping_at = time.perf_counter() + self._ping_seconds
-        while True:
-            now = time.perf_counter()
+    async def _next_mail(self) -> Mail | None:
+        """None after a silence; raises `HttpError` once it has lasted too long."""
+        now = time.perf_counter()
+        ping_at = now + self._ping_seconds
+        while not self._mail:
             if now >= self._must_end:
                 raise self._too_late()
             if now >= self._must_begin:
                 self._give_up_waiting()
-            try:
-                async with asyncio.timeout(min(ping_at, self._must_end, self._must_begin) - now):
-                    return await self._mail.get()
-            except TimeoutError:
-                if time.perf_counter() >= ping_at:
-                    raise
+            await self._mail.wait(min(ping_at, self._must_end, self._must_begin) - now)
+            now = time.perf_counter()
+            if now >= ping_at and not self._mail:
+                return None
+        return self._mail.take()
 
     def _too_late(self) -> HttpError:
         seconds = self._limits.request_timeout_s

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from duetjax.engine import EngineClient
+from duetjax.engine import Engine
 from duetjax.policy.request import FinishReason
 
 _TTFT_BUCKETS = (
@@ -27,7 +27,7 @@ class Metrics:
     """One app's registry: what it observes per request, and the engine's own counts at scrape."""
 
     def __init__(
-        self, client: EngineClient, model_name: str, compilations: Callable[[], int]
+        self, client: Engine, model_name: str, compilations: Callable[[], int]
     ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(client, model_name, compilations))
@@ -80,7 +80,7 @@ class _EngineCollector(Collector):
     """Reads the engine's stats when scraped, so that they are never older than the scrape."""
 
     def __init__(
-        self, client: EngineClient, model_name: str, compilations: Callable[[], int]
+        self, client: Engine, model_name: str, compilations: Callable[[], int]
     ) -> None:
         self._client = client
         self._compilations = compilations

@@ -9,7 +9,8 @@ from duetjax.config import InvalidRequest
 
 TTFT_HEADERS = ("x-slo-ttft-ms",)
 TBT_HEADERS = ("x-slo-tbt-ms", "x-slo-tpot-ms")  # the second is what load tools send
-MILLISECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+# From 0.001 on, in at most nine digits on each side of the point.
+MILLISECONDS = re.compile(r"([1-9][0-9]{0,8}(\.[0-9]{1,9})?|0\.0{0,2}[1-9][0-9]{0,6})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,6 @@ def _objective(headers: Headers, names: tuple[str, ...]) -> float | None:
 
 
 def _milliseconds(name: str, text: str) -> float:
-    if not MILLISECONDS.fullmatch(text) or float(text) < 1e-3:
+    if not MILLISECONDS.fullmatch(text):
         raise InvalidRequest(f"{name} must be milliseconds above 0, such as 50", param=name)
     return float(text)

@@ -54,11 +54,12 @@ def schemas(service: Service, error_codes: tuple[str, ...]) -> dict[str, Schema]
     named: dict[str, Schema] = document["$defs"]
     for kind in _GENERATING:
         _complete(named[kind.__name__]["properties"])
-    named["Limits"]["properties"] |= {
-        "max_model_len": {"type": "integer"},
-        "max_num_seqs": {"type": "integer"},
-    }
-    named["Limits"]["required"] = list(named["Limits"]["properties"])
+    named["Message"]["properties"]["tool_calls"] = {"enum": [[], None]}
+    named["TokenizeBody"]["oneOf"] = [
+        {"properties": {name: {"type": kind}}, "required": [name]}
+        for name, kind in (("prompt", "string"), ("messages", "array"))
+    ]
+    _complete_limits(named["Limits"])
     named["CompletedLaunch"]["properties"]["dropped"] = {
         "type": "integer",
         "description": "Launches before this one that came too fast for the watcher.",
@@ -95,6 +96,15 @@ def _complete(properties: dict[str, Schema]) -> None:
         properties[name] = {"description": "Without effect."}
     for name in _NOTES.keys() & properties.keys():
         properties[name]["description"] = _NOTES[name]
+
+
+def _complete_limits(schema: Schema) -> None:
+    """Adds what `Limits.document` adds; it leaves nothing out."""
+    properties = schema["properties"]
+    for each in properties.values():
+        del each["default"]
+    properties |= {name: {"type": "integer"} for name in ("max_model_len", "max_num_seqs")}
+    schema["required"] = list(properties)
 
 
 def _allow_nulls(schema: Schema) -> None:

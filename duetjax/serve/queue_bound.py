@@ -3,7 +3,7 @@
 import math
 
 from duetjax.config import InvalidRequest
-from duetjax.engine import EngineClient
+from duetjax.engine import Engine
 from duetjax.serve.errors import HttpError
 from duetjax.serve.limits import Limits
 
@@ -19,7 +19,7 @@ class QueueBound:
     submitted and whose first token has not come; whoever submits adds them and takes them off.
     """
 
-    def __init__(self, client: EngineClient, limits: Limits) -> None:
+    def __init__(self, client: Engine, limits: Limits) -> None:
         self._client = client
         self._limits = limits
         queued = limits.max_num_queued_reqs

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from starlette.types import Send
 
-from duetjax.serve.call import Call
+from duetjax.serve.call import Call, Delta
 from duetjax.serve.errors import HttpError, error_object, internal_error
 from duetjax.serve.generation import Generation
 
@@ -19,6 +19,7 @@ _HEADERS = {
 }
 _PING = b": still working\n\n"
 _DONE = b"data: [DONE]\n\n"
+_MARK = "\0"
 
 
 async def send_stream(
@@ -30,37 +31,72 @@ async def send_stream(
     """
     headers = [(k.encode(), v.encode()) for k, v in (_HEADERS | dict(call.headers)).items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    unsent: list[bytes] = []
     try:
-        await _send_chunks(call, generation, send)
+        await _send_chunks(call, generation, send, unsent)
     except HttpError as error:
         refuse(error.reason)
-        await _write(send, _event(error_object(error)))
+        unsent.append(_event(error_object(error)))
     except Exception:
         _log.exception("a stream failed after its start")
         refuse(internal_error().reason)
-        await _write(send, _event(error_object(internal_error())))
-    await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        unsent.append(_event(error_object(internal_error())))
+    unsent.append(_DONE)
+    await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": False})
 
 
-async def _send_chunks(call: Call, generation: Generation, send: Send) -> None:
-    tail = {"usage": None} if call.include_usage else {}
-    begun: set[int] = set()
+async def _send_chunks(
+    call: Call, generation: Generation, send: Send, unsent: list[bytes]
+) -> None:
+    """What has come meanwhile goes out together; unsent: events left for whoever writes next."""
+    spelling = _Spelling(call)
     while not generation.is_finished:
-        if (delta := await generation.next()) is None:
-            await _write(send, _PING)
-            continue
-        chunks = call.reply.chunk(delta, is_first=delta.index not in begun)
-        if chunks:
-            begun.add(delta.index)
-            await _write(send, b"".join(_event(chunk | tail) for chunk in chunks))
+        delta = await generation.next()
+        unsent.append(_PING if delta is None else spelling.events(delta))
+        if not (generation.has_mail or generation.is_finished):
+            events = b"".join(unsent)
+            unsent.clear()
+            if events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
     if call.include_usage:
         usage = {"usage": call.usage(generation.num_tokens, generation.cached)}
-        await _write(send, _event(call.reply.last() | usage))
+        unsent.append(_event(call.reply.last() | usage))
+
+
+class _Spelling:
+    """The deltas of a call as events.
+
+    Most events of a choice differ in their text alone: it is put into a frame, which is the event
+    of a mark, cut at the mark.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._reply = call.reply
+        self._tail = {"usage": None} if call.include_usage else {}
+        self._frames: dict[int, tuple[bytes, bytes] | None] = {}  # of choices that have begun
+
+    def events(self, delta: Delta) -> bytes:
+        """All events for a delta; empty where there is nothing to tell."""
+        frame = self._frames.get(delta.index)
+        if frame is not None and delta.text and delta.finish_reason is None:
+            return frame[0] + orjson.dumps(delta.text) + frame[1]
+        is_first = delta.index not in self._frames
+        events = self._spelled(delta, is_first=is_first)
+        if is_first and events:
+            self._frames[delta.index] = self._frame(delta.index)
+        return events
+
+    def _spelled(self, delta: Delta, *, is_first: bool) -> bytes:
+        chunks = self._reply.chunk(delta, is_first=is_first)
+        return b"".join(_event(chunk | self._tail) for chunk in chunks)
+
+    def _frame(self, index: int) -> tuple[bytes, bytes] | None:
+        if not self._reply.is_text_only:
+            return None
+        event = self._spelled(Delta(index, _MARK, ()), is_first=False)
+        before, _, after = event.rpartition(orjson.dumps(_MARK))
+        return before, after
 
 
 def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
-
-
-async def _write(send: Send, events: bytes) -> None:
-    await send({"type": "http.response.body", "body": events, "more_body": True})

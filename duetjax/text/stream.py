@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from duetjax.text.tokenizer import Tokenizer
 
@@ -13,8 +13,7 @@ _MAX_PENDING = 8
 _CHARACTER_TOKENS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """Text that became certain with a push; stopped: a stop string ended it, nothing follows.
 
     offsets: for each token that the text reaches for the first time, in order, where in the whole

@@ -67,6 +67,25 @@ RULES = {
         theirs=("jax", "numpy"),
     ),
     "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy", "duetjax.watchdog")),
+    "duetjax.wire": Rule(ours=("duetjax.config", "duetjax.policy")),
+    "duetjax.engine_process": Rule(
+        ours=(
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.policy",
+            "duetjax.watchdog",
+            "duetjax.wire",
+        )
+    ),
+    "duetjax.engine_worker": Rule(
+        ours=(
+            "duetjax.build",
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.policy.request",
+            "duetjax.wire",
+        )
+    ),
     "duetjax.watchdog": Rule(ours=("duetjax.config", "duetjax.policy.launch"), never=CLOCKS),
     "duetjax.build": Rule(
         ours=(
@@ -75,6 +94,8 @@ RULES = {
             "duetjax.checkpoint",
             "duetjax.config",
             "duetjax.engine",
+            "duetjax.engine_process",
+            "duetjax.planning",
             "duetjax.policy.request",
             "duetjax.runtime.compilations",
             "duetjax.text",

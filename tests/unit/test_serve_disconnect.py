@@ -137,7 +137,7 @@ def test_of_64_streams_those_whose_clients_stay_get_their_text_and_all_pages_ret
     with serving(folder, engine) as served, served.http() as http:
         asyncio.run(all_of_them(served.url))
         engine.wait_idle()
-        wait_until(lambda: not served.context.dispatcher._queues, "no queue left")
+        wait_until(lambda: not served.context.dispatcher.num_waiting, "no mailbox left")
         assert engine.stats().preemptions > 0
         body = {"model": MODEL, "prompt": "a", "max_tokens": 3}
         assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == "bcd"

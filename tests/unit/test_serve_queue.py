@@ -109,7 +109,7 @@ def test_n_generations_take_n_places_all_of_them_or_none(folder, crowd_of):
         refused(http, n=3)
         refused(http, prompt=["a", "b", "c"])
         assert served.engine.submitted == submitted
-        assert served.context.dispatcher._queues.keys() == set(submitted)
+        assert served.context.dispatcher._mailboxes.keys() == set(submitted)
         crowd.send(1, n=2)
         refused(http)
         crowd.finish()
@@ -156,7 +156,7 @@ def test_refusals_are_counted_and_leave_nothing_behind(folder, crowd_of):
         assert sum(samples["vllm:request_success_total", why] for why in ("length", "stop")) == 2
         assert samples["vllm:request_success_total", "abort"] == 0
         assert samples["duetjax_pages", "held"] == 0
-        assert served.context.dispatcher._queues == {}
+        assert served.context.dispatcher._mailboxes == {}
 
 
 def test_a_storm_is_answered_whole_and_never_more_are_taken_than_may_be(folder):

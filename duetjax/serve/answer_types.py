@@ -1,0 +1,221 @@
+"""The shapes of all that routes answer, for the schemas at /openapi.json.
+
+A field that is not required is there where the request asked for it.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from pydantic import WithJsonSchema
+
+from duetjax.engine import CompletedLaunches
+from duetjax.serve.limits import Limits
+from duetjax.serve.protocol import ModelName, TokenId
+
+type Code = Annotated[str, WithJsonSchema({"type": "string", "enum": "error_codes"})]
+"""What programs branch on."""
+
+
+class Fault(TypedDict):
+    """What was wrong; param: the field at fault."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: Code
+
+
+class Error(TypedDict):
+    """Every answer that is not a success, and the last event of a stream that failed."""
+
+    error: Fault
+
+
+class CachedTokens(TypedDict):
+    """Where tokens of prompts came from."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens of one call; each prompt counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class ChatTokenLogprob(TypedDict):
+    """A token; bytes are null for an id without a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(ChatTokenLogprob):
+    """A sampled token and the most likely ones in its place."""
+
+    top_logprobs: list[ChatTokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """The tokens of a chat choice or chunk."""
+
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class AssistantMessage(TypedDict):
+    """The assistant's turn."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class AssistantDelta(TypedDict):
+    """A piece of the assistant's turn; role in its first."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+class _Choice(TypedDict):
+    index: int
+    token_ids: NotRequired[list[TokenId]]
+
+
+class ChatChoice(_Choice):
+    """One whole generation."""
+
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatChunkChoice(_Choice):
+    """A piece of one; finish_reason on its last."""
+
+    delta: AssistantDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class _ChatAnswer(TypedDict):
+    id: str
+    created: int
+    model: ModelName
+    prompt_token_ids: NotRequired[list[TokenId]]
+
+
+class ChatCompletion(_ChatAnswer):
+    """The answer to a conversation."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatCompletionChunk(_ChatAnswer):
+    """One event of it; usage on a last one without choices, where stream_options asks for it."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class CompletionLogprobs(TypedDict):
+    """The tokens of a completion choice or chunk, by columns."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class _CompletionChoice(_Choice):
+    text: str
+    logprobs: CompletionLogprobs | None
+    prompt_token_ids: NotRequired[list[TokenId]]
+
+
+class CompletionChoice(_CompletionChoice):
+    """One whole continuation."""
+
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionChunkChoice(_CompletionChoice):
+    """A piece of one; finish_reason on its last."""
+
+    finish_reason: Literal["stop", "length"] | None
+
+
+class _CompletionAnswer(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: ModelName
+
+
+class Completion(_CompletionAnswer):
+    """The continuations of prompts."""
+
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(_CompletionAnswer):
+    """One event of them; usage on a last one without choices, where stream_options asks for it."""
+
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Model(TypedDict):
+    """A name under which the model is served."""
+
+    id: ModelName
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["duetjax"]
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokenized(TypedDict):
+    """Token ids of a prompt or conversation."""
+
+    count: int
+    max_model_len: int
+    tokens: list[TokenId]
+
+
+class Detokenized(TypedDict):
+    """The text of token ids."""
+
+    prompt: str
+
+
+class Health(TypedDict):
+    """All is well."""
+
+    status: Literal["ok"]
+
+
+class Liveness(Health):
+    """The engine's thread is alive; silence_s: since it last looked for work."""
+
+    silence_s: float
+
+
+ANSWERS: tuple[Any, ...] = (
+    *(Error, ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk),
+    *(ModelList, Limits, Tokenized, Detokenized, Health, Liveness, CompletedLaunches),
+)
