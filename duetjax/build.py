@@ -95,7 +95,7 @@ def load(
     with ExitStack() as on_failure:
         process = None
         if own_process:  # which loads jax while this one loads the tokenizer
-            process = EngineProcess(request, engine)
+            process = EngineProcess.load(request, engine)
             on_failure.callback(process.kill)
         else:
             _describe(source)

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 from duetjax.config import DuetJAXError, EngineConfig, InvalidRequest
 from duetjax.engine import EngineDead, LaunchWatcher, check_request
@@ -20,7 +20,7 @@ from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.stats import Stats
 from duetjax.watchdog import Wait, Watch, stalled
-from duetjax.wire import Channel, completed_launch, plain, step_outputs
+from duetjax.wire import Channel, Plain, completed_launch, plain, step_outputs
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +28,9 @@ _LEAST_SECONDS = 5.0  # without a sign of life
 _PARTING_SECONDS = 5.0  # for a process that has said that it is done
 _PROGRAM = """
 import json, sys
-path, descriptor = json.loads(sys.argv[1])
-sys.path[:] = path
+sys.path[:] = json.loads(sys.argv[1])
 from duetjax.engine_worker import main
-main(descriptor)
+main(int(sys.argv[2]))
 """
 
 
@@ -49,7 +48,8 @@ class _EngineFailed(Exception):
 class EngineProcess:
     """Implements `engine.Engine`; `wait_ready` comes before everything else.
 
-    request: fields of a `ModelRequest`. max_model_len, notice: of the loaded model.
+    worker: the command of a process that calls `engine_worker.work` with its last argument, the
+    number of a socket, and is told `values` first. max_model_len, notice: of the loaded model.
     """
 
     limits: SchedulerLimits
@@ -58,19 +58,18 @@ class EngineProcess:
     max_model_len: int
     notice: str
 
-    def __init__(self, request: object, engine: EngineConfig) -> None:
+    def __init__(self, worker: Sequence[str], *values: Plain) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = json.dumps([[path or "." for path in sys.path], theirs.fileno()])
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, arguments],
+                [*worker, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C is for the server
             )
         self._channel = Channel(ours)
         self._messages = self._channel.receive()
-        self._channel.send("load", _texts(plain(request)), _texts(plain(engine)))
+        self._channel.send("load", *values)
         self._reader = threading.Thread(target=self._read, name="duetjax-reader", daemon=True)
         self._is_running = False
         self._closed = threading.Event()
@@ -85,6 +84,13 @@ class EngineProcess:
         self._failure: BaseException | None = None
         self._has_told_all = False
         self._watchers: Mapping[object, LaunchWatcher] = {}
+
+    @classmethod
+    def load(cls, request: object, engine: EngineConfig) -> Self:
+        """A process that loads a model; request: a `ModelRequest`."""
+        path = json.dumps([each or "." for each in sys.path])
+        worker = sys.executable, "-c", _PROGRAM, path
+        return cls(worker, _texts(plain(request)), _texts(plain(engine)))
 
     def wait_ready(self) -> None:
         """Returns once the model is loaded; raises `DuetJAXError` if it cannot be, then `kill`."""

@@ -13,11 +13,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from duetjax.build import LoadedModel, ModelRequest, load
+from duetjax import build
+from duetjax.build import LoadedModel, ModelRequest
 from duetjax.config import DuetJAXError, EngineConfig
 from duetjax.engine import EngineDead
 from duetjax.policy.request import FinishReason, StepOutputs
@@ -29,7 +31,12 @@ _log = logging.getLogger("duetjax")
 
 
 def main(descriptor: int) -> None:
-    """Serves the other end of a socket; never returns."""
+    """Serves the other end of a socket, which says what to load; never returns."""
+    work(descriptor, _load)
+
+
+def work(descriptor: int, load: Callable[..., LoadedModel]) -> None:
+    """Serves the other end of a socket with what `load` makes of its first message."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _log_to_stderr()
@@ -37,9 +44,8 @@ def main(descriptor: int) -> None:
     inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     try:
-        _, request, engine = inbox.get()
-        model = load(_model_request(request), _engine_config(engine))
-        _Worker(model, channel).serve(inbox)
+        _, *values = inbox.get()
+        _Worker(load(*values), channel).serve(inbox)
     except DuetJAXError as error:
         channel.send("error", str(error))
     except BaseException as error:
@@ -133,6 +139,10 @@ def _read(channel: Channel, inbox: "queue.SimpleQueue[tuple[Any, ...]]") -> None
         inbox.put(message)
     sys.stderr.flush()
     os._exit(0)  # the server's process has left; Python's own end could wait for a device
+
+
+def _load(request: tuple[Any, ...], engine: tuple[Any, ...]) -> LoadedModel:
+    return build.load(_model_request(request), _engine_config(engine))
 
 
 def _model_request(values: tuple[Any, ...]) -> ModelRequest:
