@@ -134,7 +134,7 @@ class Roster:
         if limits.deterministic and len(request.known) > len(request.new.prompt):
             request.restart()
         request.learn_keys(request.known, size)
-        keys = request.keys[: (len(request.known) - 1) // size]
+        keys = request.keys[: _most_shared(len(request.known), size)]
         chain = pool.cache.match(request.new.cache_salt, keys) if limits.prefix_caching else []
         if limits.prefix_caching and len(chain) < len(keys):
             twin = (chain[-1] if chain else request.new.cache_salt, keys[len(chain)])
@@ -396,6 +396,11 @@ class Roster:
         everything = sorted((*self._free_slots, *slots))
         assert everything == list(range(self.limits.num_slots)), f"slots: {everything}"
         self.pool.check_integrity((request.pages, request.chain) for request in running)
+
+
+def _most_shared(num_tokens: int, page_size: int) -> int:
+    """Pages of a request that others may have computed: its last token must be fed, to go on."""
+    return (num_tokens - 1) // page_size
 
 
 def slot_of(request: Request) -> int:

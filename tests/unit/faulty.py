@@ -59,6 +59,16 @@ def lifted(*limits: str) -> Off:
     return off
 
 
+def forever(*limits: str) -> Off:
+    """Servers wait for ever."""
+
+    def off(monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in limits:
+            monkeypatch.setitem(_LIFTED, name, 0)
+
+    return off
+
+
 def both(*guards: Off) -> Off:
     """None of these guards."""
 
