@@ -5,8 +5,8 @@ Starlette application that sends the same bytes at the same pace, with the same 
 Each runs in a process of its own; this one is the client and only counts. Cases: `paced`, steps
 that both servers keep up with; `full`, steps too fast for either; `refill`, prompts on the prefill
 lane beside the streams: how late the device's thread learns of a step's end (`wake`), and how long
-the lane then waits for its next launch, without HTTP and with it, under several switch intervals of
-Python's threads. Loads no jax. Takes 80 s. Last line: one JSON document.
+the lane then waits for its next launch, without HTTP, with it in the same process, and with it in
+another. Loads no jax. Takes a minute. Last line: one JSON document.
 
     python benchmarks/server.py [--seconds 4] [--step-ms 60] [--refill-step-ms 30]
 """
@@ -34,7 +34,6 @@ PROMPTS = {
     "chat": {"messages": [{"role": "user", "content": "Once"}]},
 }
 FULL_STEP_MS = 4.0
-SWITCH_MS = (5.0, 0.5, 0.1)  # Python's own first
 LOOK_SECONDS = 0.005
 PATIENCE_SECONDS = 20.0
 GOAL_RATIO, GOAL_REFILL_MS = 0.5, 1.0
@@ -94,7 +93,6 @@ class Found:
     case: str
     server: str
     route: str
-    switch_ms: float
     tokens_per_s: int
     tokens_per_cpu_s: int
     us_per_token: dict[str, float]
@@ -154,7 +152,6 @@ def _found(
         case.name,
         case.server,
         case.route,
-        case.switch_ms,
         tokens_per_s=round(tokens / took),
         tokens_per_cpu_s=round(tokens / used),
         us_per_token={"all": round(1e6 * used / tokens, 1)}
@@ -185,15 +182,14 @@ def cases(step_ms: float, refill_step_ms: float) -> Iterator[Case]:
         for name, step in (("paced", step_ms), ("full", FULL_STEP_MS)):
             yield Case(name, "duetjax", route, step)
             yield Case(name, "bare", route, step, chunk=chunk)
-    yield Case("refill", "engine", "completions", refill_step_ms, prompts=True)
-    for switch_ms in SWITCH_MS:
-        yield Case("refill", "duetjax", "completions", refill_step_ms, True, switch_ms)
+    for server in ("engine", "together", "duetjax"):
+        yield Case("refill", server, "completions", refill_step_ms, prompts=True)
 
 
 def _print_table(found: list[Found]) -> None:
     print(f"{STREAMS} streams; us: of processor time per token; ms: p50, p99, longest")
     print(
-        f"{'case':7}{'server':9}{'route':12}{'switch':>7}{'tokens/s':>9}{'us':>6}"
+        f"{'case':7}{'server':9}{'route':12}{'tokens/s':>9}{'us':>6}"
         f"  {'lag':24}{'wake':17}{'refill decode':17}{'refill prefill':17}"
     )
     for one in found:
@@ -205,7 +201,7 @@ def _print_table(found: list[Found]) -> None:
             )
         )
         print(
-            f"{one.case:7}{one.server:9}{one.route:12}{one.switch_ms:7}{one.tokens_per_s:9}"
+            f"{one.case:7}{one.server:9}{one.route:12}{one.tokens_per_s:9}"
             f"{one.us_per_token['all']:6}  {lag:24}" + "".join(f"{text:17}" for text in late)
         )
 
@@ -230,7 +226,7 @@ def main() -> None:
         p99
         for one in found
         for _, p99, _ in one.refill_ms.values()
-        if one.case == "refill" and one.server == "duetjax" and one.switch_ms == SWITCH_MS[0]
+        if one.case == "refill" and one.server == "duetjax"
     )
     print(f"tokens per processor-second, ours to bare: {ratios}; goal: {GOAL_RATIO}")
     print(f"refill p99 with streams: {refill_p99_ms} ms; goal: {GOAL_REFILL_MS}")

@@ -1,20 +1,22 @@
 """The servers that server.py measures; `serve` is what each one's process runs.
 
 Ours over the real scheduler and engine, on a device whose steps take a given time and nobody's
-processor; a bare Starlette application that sends given bytes to everybody at a given pace; or the
-engine alone, whose requests come without HTTP.
+processor, the engine in a process of its own or in the server's; a bare Starlette application that
+sends given bytes to everybody at a given pace; or the engine alone, whose requests come without
+HTTP.
 """
 
 import asyncio
 import gc
+import random
 import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,12 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
+from duetjax.build import LoadedModel
 from duetjax.checkpoint.source import resolve_model
 from duetjax.config import SamplingParams
-from duetjax.engine import EngineClient
+from duetjax.engine import Engine, EngineClient
+from duetjax.engine_process import EngineProcess
+from duetjax.engine_worker import work
 from duetjax.policy.launch import Deliver, FinishedStep, Lane, Launch, Split, StepResult
 from duetjax.policy.limits import SchedulerLimits, decode_buckets, prefill_buckets
 from duetjax.policy.policies import StaticSplit
@@ -52,9 +57,9 @@ _LAG_SECONDS = 0.005
 class Case:
     """What a server does.
 
-    server: duetjax, bare or engine. step_ms: between the tokens of a stream. prompts: one long
-    prompt is computed on the prefill lane meanwhile. switch_ms: Python's switch interval between
-    threads. chunk: what the bare server sends per token.
+    server: duetjax, together (both in one process), engine (alone) or bare. step_ms: between the
+    tokens of a stream. prompts: one long prompt is computed on the prefill lane meanwhile. chunk:
+    what the bare server sends per token.
     """
 
     name: str
@@ -62,7 +67,6 @@ class Case:
     route: str
     step_ms: float
     prompts: bool = False
-    switch_ms: float = 5.0
     chunk: bytes = b""
 
 
@@ -71,6 +75,7 @@ class Notes:
 
     def __init__(self) -> None:
         self._late: dict[str, list[float]] = {"lag": [], "wake": [], "decode": [], "prefill": []}
+        self.beside: Connection | None = None  # a process whose notes are taken as well
 
     def add(self, what: str, seconds: float) -> None:
         """Something was so late."""
@@ -86,7 +91,14 @@ class Notes:
             for thread in threading.enumerate()
             if thread.ident is not None
         }
-        return {"late": late, "cpu_s": time.process_time(), "threads": threads}
+        notes = {"late": late, "cpu_s": time.process_time(), "threads": threads}
+        if self.beside is not None:
+            self.beside.send(None)
+            others = self.beside.recv()
+            notes["late"] = others["late"] | {"lag": late["lag"]}
+            notes["cpu_s"] += others["cpu_s"]
+            notes["threads"] = others["threads"] | threads
+        return notes
 
     async def lag(self) -> None:
         """Notes how late the event loop is, forever."""
@@ -147,7 +159,6 @@ type Announce = Callable[[Callable[[], None]], None]
 
 def serve(case: Case, pipe: Connection) -> None:
     """The server's process: tells its port, then does what it is told."""
-    sys.setswitchinterval(case.switch_ms / 1e3)
     notes = Notes()
     serves = _serve_bare if case.server == "bare" else _serve_duetjax
     with bind("127.0.0.1", 0) as listener:
@@ -170,10 +181,7 @@ def serve(case: Case, pipe: Connection) -> None:
         serves(case, listener, announce, notes)
 
 
-def _serve_duetjax(case: Case, listener: socket.socket, announce: Announce, notes: Notes) -> None:
-    folder = resolve_model(None).folder
-    assert folder is not None, "the demo model has a folder"
-    tokenizer = Tokenizer.from_folder(folder)
+def _engine(tokenizer: Tokenizer, step_ms: float, notes: Notes) -> EngineClient:
     limits = SchedulerLimits(
         num_pages=2**16,
         page_size=64,
@@ -183,13 +191,75 @@ def _serve_duetjax(case: Case, listener: socket.socket, announce: Announce, note
         decode_buckets=decode_buckets(STREAMS + 1),
         prefill_buckets=prefill_buckets(2 * STREAMS),
     )
-    client = EngineClient(
+    return EngineClient(
         Scheduler(limits, StaticSplit(_PREFILL_TOKENS, Split(1, 1), k=1)),
-        NotedExecutor(case.step_ms, tokenizer.encode(TEXT)[-1], notes),
+        NotedExecutor(step_ms, tokenizer.encode(TEXT)[-1], notes),
         vocab_size=tokenizer.vocab_size,
     )
 
-    params = SamplingParams(seed=0)
+
+def _tokenizer() -> Tokenizer:
+    folder = resolve_model(None).folder
+    assert folder is not None, "the demo model has a folder"
+    return Tokenizer.from_folder(folder)
+
+
+@contextmanager
+def _apart(case: Case, notes: Notes) -> Iterator[Engine]:
+    """The engine in a process of its own, whose notes are taken with the server's."""
+    with Listener() as listener:
+        address = str(listener.address)
+        process = EngineProcess([sys.executable, __file__], case.step_ms, address)
+        with listener.accept() as worker:
+            process.wait_ready()
+            notes.beside = worker
+            yield process
+
+
+def _engine_process(descriptor: int) -> None:
+    """The engine's own process: this file as a program."""
+
+    def load(step_ms: float, address: str) -> LoadedModel:
+        notes, server = Notes(), Client(address)
+
+        def obey() -> None:
+            while True:
+                server.recv()
+                server.send(notes.take())
+
+        threading.Thread(target=obey, name="notes", daemon=True).start()
+        tokenizer, source = _tokenizer(), resolve_model(None)
+        return LoadedModel(
+            name=source.name,
+            config=source.config,
+            tokenizer=tokenizer,
+            generation=source.generation,
+            max_model_len=LONGEST,
+            engine=_engine(tokenizer, step_ms, notes),
+            _seeds=random.Random(0),
+        )
+
+    work(descriptor, load)
+
+
+def _serve_duetjax(case: Case, listener: socket.socket, announce: Announce, notes: Notes) -> None:
+    tokenizer, params = _tokenizer(), SamplingParams(seed=0)
+    with ExitStack() as stack:
+        if case.server == "duetjax":
+            client: Engine = stack.enter_context(_apart(case, notes))
+        else:
+            client = _engine(tokenizer, case.step_ms, notes)
+        _run(case, listener, announce, client, tokenizer, params)
+
+
+def _run(
+    case: Case,
+    listener: socket.socket,
+    announce: Announce,
+    client: Engine,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+) -> None:
 
     def begin(_: str) -> None:
         if case.server == "engine":
@@ -248,3 +318,7 @@ def _serve_bare(case: Case, listener: socket.socket, announce: Announce, notes: 
     gc.collect()
     gc.freeze()  # as ours does
     uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    _engine_process(int(sys.argv[1]))
