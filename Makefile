@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-clients check-device gpu-check study faults lock newest
+.PHONY: help setup demo test lint types check-native check-clients check-schema check-device gpu-check study faults lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -42,6 +42,9 @@ check-clients: $(VENV)/.installed $(CLIENTS:%=build/clients/%/.installed)  ## op
 	$(PY) tests/clients/run.py openai_client.py build/clients/openai2/bin/python
 	$(PY) tests/clients/run.py openai_client.py build/clients/openai3/bin/python
 	$(PY) tests/clients/run.py aiperf_client.py build/clients/aiperf/bin/python
+
+check-schema: $(VENV)/.installed build/clients/schemathesis/.installed  ## schemathesis: /openapi.json against the server that gives it
+	$(PY) tests/clients/run.py schemathesis_client.py build/clients/schemathesis/bin/python
 
 gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake|host: without one; PYTHON= chooses
 	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results

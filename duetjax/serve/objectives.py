@@ -9,8 +9,8 @@ from duetjax.config import InvalidRequest
 
 TTFT_HEADERS = ("x-slo-ttft-ms",)
 TBT_HEADERS = ("x-slo-tbt-ms", "x-slo-tpot-ms")  # the second is what load tools send
-# From 0.001 on, in at most nine digits on each side of the point.
-MILLISECONDS = re.compile(r"([1-9][0-9]{0,8}(\.[0-9]{1,9})?|0\.0{0,2}[1-9][0-9]{0,6})")
+# From 0.001 on. Load tools that take "25" for a number send "025".
+MILLISECONDS = re.compile(r"0{0,8}([1-9][0-9]{0,8}(\.[0-9]{1,9})?|0\.0{0,2}[1-9][0-9]{0,6})")
 
 
 @dataclass(frozen=True, slots=True)

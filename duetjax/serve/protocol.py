@@ -112,7 +112,9 @@ class _AtMost:
 
     limit: str
 
-    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, kind: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         return AfterValidator(self._check).__get_pydantic_core_schema__(kind, handler)
 
     def __get_pydantic_json_schema__(
@@ -135,7 +137,9 @@ class _Bounded:
     limit: str
     unit: str
 
-    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, kind: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         return BeforeValidator(self._check).__get_pydantic_core_schema__(kind, handler)
 
     def __get_pydantic_json_schema__(

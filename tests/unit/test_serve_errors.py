@@ -15,7 +15,7 @@ from duetjax.serve.limits import Limits
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 MODELS = ("/v1/models", f"/v1/models/{MODEL}", "/v1/models/abc/alias")
-READABLE = (*MODELS, "/v1/limits", "/livez", "/readyz", "/health", "/metrics")
+READABLE = (*MODELS, "/v1/limits", "/openapi.json", "/livez", "/readyz", "/health", "/metrics")
 
 
 @pytest.fixture(autouse=True)

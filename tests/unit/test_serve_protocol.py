@@ -64,3 +64,24 @@ def test_many_wrong_messages_are_refused_at_the_first():
     with pytest.raises(InvalidRequest) as caught:
         ChatBody.parse({"model": "m", "messages": [{"role": "x"}] * 1024}, Limits())
     assert caught.value.param == "messages[0].role"
+
+
+@pytest.mark.parametrize(
+    ("message", "is_taken"),
+    [
+        ({"content": "a", "tool_calls": []}, True),
+        ({"content": "a", "tool_calls": None}, True),
+        ({"content": "a", "tool_calls": {}}, False),
+        ({"content": "a", "tool_calls": 0}, False),
+        ({"content": [{"type": "text", "text": "a", "more": 1}]}, True),
+        ({"content": [{"type": 5, "text": "a"}]}, False),
+    ],
+    ids=str,
+)
+def test_what_a_message_may_hold(message, is_taken):
+    body = {"model": "m", "messages": [{"role": "assistant"} | message]}
+    if is_taken:
+        assert list(ChatBody.parse(body, Limits()).unknown_fields()) == []
+    else:
+        with pytest.raises(InvalidRequest):
+            ChatBody.parse(body, Limits())

@@ -2,7 +2,7 @@
 
 import pytest
 from fake_engine import END, VOCAB_SIZE
-from serve_setup import MODEL
+from serve_setup import MODEL, serving
 from test_serve_errors import error_of
 
 TEXT = "gr\u00fc\u00df dich, \U0001f600"
@@ -76,6 +76,15 @@ def test_what_are_no_token_ids_is_refused(http, tokens):
 def test_more_ids_than_any_text_has_are_refused(http):
     assert detokenize(http, tokens=[97] * 2048).status_code == 200
     assert error_of(detokenize(http, tokens=[97] * 2049), 400)["param"] == "tokens"
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_unknown_fields_are_named_or_refused_as_elsewhere(folder, http, path):
+    body = {"model": MODEL, "prompt": "a", "tokens": [1], "unheard": 1}
+    assert "unheard" in http.post(path, json=body).headers["x-duetjax-ignored"]
+    with serving(folder, strict_params=True) as strict, strict.http() as strict_http:
+        error = error_of(strict_http.post(path, json=body), 400)
+    assert error["code"] == "unsupported_parameter"
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
