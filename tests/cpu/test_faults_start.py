@@ -54,8 +54,8 @@ class Machine:
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = cli.main(command)
-        except SystemExit as exit:
-            code = exit.code
+        except SystemExit as ended:
+            code = ended.code
         except Exception as error:  # as Python would end with
             return f"a traceback, {type(error).__name__}"
         return self._words(code, err.getvalue()) if code else "starts"
@@ -76,7 +76,7 @@ def machine() -> Iterator[Machine]:
     sigterm = signal.getsignal(signal.SIGTERM)
     with (
         tempfile.TemporaryDirectory(prefix="duetjax-faults-") as name,
-        mock.patch.object(server.HttpServer, "run", lambda *_: None),
+        mock.patch.object(server.HttpServer, "run"),
     ):
         model = Path(name) / "model"
         write_model(model)
@@ -413,8 +413,8 @@ FAULTS.add(
     "no launcher, and --backend lanes",
     expected="exit 1: --backend lanes: the launcher has not been built; install a C compiler, then"
     " duetjax anew; leave it out to run plain JAX calls",
-    guard="who asks for lanes gets lanes",
-    off=lambda monkeypatch: monkeypatch.setattr("duetjax.devices._do_without_lanes", nothing),
+    guard="what was asked for and cannot be is refused",
+    off=lambda monkeypatch: monkeypatch.setattr("duetjax.devices.ConfigError", ValueError),
 )
 def no_launcher(target):
     with mock.patch("duetjax.runtime.host_kernels._launcher", None):
@@ -431,7 +431,10 @@ def no_launcher(target):
 def homeless(target):
     """As for a user id that the machine does not know."""
     others = {k: v for k, v in os.environ.items() if k not in HOMES}
-    with mock.patch.dict(os.environ, others, clear=True), mock.patch("pwd.getpwuid", {}.get):
+    with (
+        mock.patch.dict(os.environ, others, clear=True),
+        mock.patch("pwd.getpwuid", side_effect=KeyError),
+    ):
         return target.start()
 
 

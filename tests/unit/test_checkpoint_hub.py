@@ -31,7 +31,7 @@ CONFIG = {
 FILES = {
     "config.json": json.dumps(CONFIG).encode(),
     "tokenizer.json": b"{}",
-    "model.safetensors": b"x" * 1000,
+    "model.safetensors": (2).to_bytes(8, "little") + b"{}",  # whole, if without tensors
     "consolidated.safetensors": b"y" * 1000,
     "original/model.safetensors": b"z" * 1000,
     "pytorch_model.bin": b"p" * 1000,
