@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.policy.request import NewRequest, TokenLogprob, new_requests
@@ -33,15 +33,14 @@ class ScoredToken:
     score: TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """A piece of one choice's output; finish_reason is set on its last.
 
     logprobs: where they were asked for, the tokens of `text`. Unlike token_ids, which are told as
     they are sampled, they wait for text that is held back, and leave out what a stop cuts off.
     """
 
-    index: int
+    index: int  # type: ignore[assignment] # of the choice; hides tuple.index
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None

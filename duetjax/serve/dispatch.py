@@ -9,71 +9,64 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from duetjax.policy.request import RequestOutput, StepOutputs
 from duetjax.serve.errors import HttpError
 
-
-class Arrival(NamedTuple):
-    """An output and when the engine handed it over, in seconds of time.perf_counter."""
-
-    output: RequestOutput
-    at: float
-
+type Arrival = tuple[RequestOutput, float]
+"""An output and when the engine handed it over, in seconds of time.perf_counter."""
 
 type Mail = Arrival | HttpError
 
 
 class Mailbox:
-    """What has come for one HTTP call, in order; for one task of the event loop to take out.
+    """Outputs on their way to one HTTP call, for one task of the event loop.
 
-    Waiting costs no timer of its own: one is set and, when it rings, set again for what is left.
+    mail: what has come, to be taken out from the left. A wait sets no timer where one rings before
+    its end: that is then set again for what is left.
     """
 
     def __init__(self) -> None:
-        self._mail: deque[Mail] = deque()
+        self.mail: deque[Mail] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._until = math.inf
-
-    def __len__(self) -> int:
-        return len(self._mail)
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = math.inf
 
     def put(self, mail: Mail) -> None:
         """Adds a piece, and wakes who waits."""
-        self._mail.append(mail)
+        self.mail.append(mail)
         self._wake()
 
-    def take(self) -> Mail:
-        """The oldest piece, of an empty box none: `IndexError`."""
-        return self._mail.popleft()
-
-    async def wait(self, seconds: float) -> None:
-        """Until something comes, or for so long; not to end earlier than a wait before it."""
-        loop = asyncio.get_running_loop()
-        self._until = loop.time() + seconds
-        if self._timer is None:
-            self._timer = loop.call_at(self._until, self._ring)
-        self._waiter = loop.create_future()
+    async def wait(self, until: float) -> None:
+        """Returns when something more comes, or at a time of time.perf_counter."""
+        self._until = until
+        if until < self._rings_at:
+            self._set_timer()
+        self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Stops the timer: nobody waits any more."""
         if self._timer is not None:
             self._timer.cancel()
+
+    def _set_timer(self) -> None:
+        self.close()
+        self._rings_at = self._until
+        seconds = self._until - time.perf_counter()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
+
+    def _ring(self) -> None:
+        self._rings_at = math.inf
+        if time.perf_counter() >= self._until:
+            self._wake()
+        else:
+            self._set_timer()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def _ring(self) -> None:
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._until:
-            self._timer = loop.call_at(self._until, self._ring)
-        else:
-            self._timer = None
-            self._wake()
 
 
 class Dispatcher:
@@ -124,4 +117,4 @@ class Dispatcher:
     def _deliver(self, outputs: StepOutputs, at: float) -> None:
         for output in outputs:
             if (mailbox := self._mailboxes.get(output.id)) is not None:
-                mailbox.put(Arrival(output, at))
+                mailbox.put((output, at))

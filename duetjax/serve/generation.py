@@ -10,7 +10,7 @@ from duetjax.policy.request import FinishReason, NewRequest, RequestOutput, Toke
 from duetjax.serve.admission import shutting_down
 from duetjax.serve.call import Call, Choice, Delta, ScoredToken
 from duetjax.serve.context import Context
-from duetjax.serve.dispatch import Arrival, Mail
+from duetjax.serve.dispatch import Mail
 from duetjax.serve.errors import (
     HttpError,
     deadline_exceeded,
@@ -97,7 +97,7 @@ class Generation:
     def __enter__(self) -> Self:
         tokens = sum(progress.queued_tokens for progress in self._open.values())
         self._queue.check(len(self._ids), tokens, self._ttft_slo_ms)
-        self._mail = self._dispatcher.subscribe(self._ids)
+        self._mailbox = self._dispatcher.subscribe(self._ids)
         submitted: list[str] = []
         try:
             for progress in self._open.values():
@@ -124,9 +124,10 @@ class Generation:
         return not self._open
 
     @property
-    def has_mail(self) -> bool:
-        """Whether `next` need not wait."""
-        return bool(self._mail)
+    def has_more(self) -> bool:
+        """Whether `next` would not wait."""
+        mail = self._mailbox.mail
+        return bool(mail) and any(isinstance(m, HttpError) or m[0].id in self._open for m in mail)
 
     async def next(self) -> Delta | None:
         """The next piece of any choice; None after `ping_seconds` of silence.
@@ -142,10 +143,11 @@ class Generation:
                     raise engine_dead(not_running(self._client))
                 if isinstance(mail, HttpError):
                     raise mail
-                if mail.at > self._must_end:
+                output, at = mail
+                if at > self._must_end:
                     raise self._too_late()
-                if (progress := self._open.get(mail.output.id)) is not None:
-                    return self._advance(progress, mail)
+                if (progress := self._open.get(output.id)) is not None:
+                    return self._advance(progress, output, at)
         except HttpError:
             self._unfinished_because = FinishReason.ERROR
             raise
@@ -154,16 +156,16 @@ class Generation:
         """None after a silence; raises `HttpError` once it has lasted too long."""
         now = time.perf_counter()
         ping_at = now + self._ping_seconds
-        while not self._mail:
+        while not self._mailbox.mail:
             if now >= self._must_end:
                 raise self._too_late()
             if now >= self._must_begin:
                 self._give_up_waiting()
-            await self._mail.wait(min(ping_at, self._must_end, self._must_begin) - now)
+            await self._mailbox.wait(min(ping_at, self._must_end, self._must_begin))
             now = time.perf_counter()
-            if now >= ping_at and not self._mail:
+            if now >= ping_at and not self._mailbox.mail:
                 return None
-        return self._mail.take()
+        return self._mailbox.mail.popleft()
 
     def _too_late(self) -> HttpError:
         seconds = self._limits.request_timeout_s
@@ -184,14 +186,14 @@ class Generation:
         except EngineDead:  # whose message is for the operator, who has it in the log
             raise engine_dead(not_running(self._client)) from None
 
-    def _advance(self, progress: _Progress, arrival: Arrival) -> Delta:
-        output, choice = arrival.output, progress.choice
+    def _advance(self, progress: _Progress, output: RequestOutput, at: float) -> Delta:
+        choice = progress.choice
         if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
             raise self._failure(output.finish)
         if output.num_cached_tokens:
             self.cached[choice.index] = output.num_cached_tokens
         if output.token_ids:
-            self._observe_tokens(progress, arrival.at, len(output.token_ids))
+            self._observe_tokens(progress, at, len(output.token_ids))
         finish = output.finish
         delta, logprobs = progress.take(output)
         if delta.stopped:

@@ -45,15 +45,13 @@ async def send_stream(
     await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": False})
 
 
-async def _send_chunks(
-    call: Call, generation: Generation, send: Send, unsent: list[bytes]
-) -> None:
+async def _send_chunks(call: Call, generation: Generation, send: Send, unsent: list[bytes]) -> None:
     """What has come meanwhile goes out together; unsent: events left for whoever writes next."""
     spelling = _Spelling(call)
     while not generation.is_finished:
         delta = await generation.next()
         unsent.append(_PING if delta is None else spelling.events(delta))
-        if not (generation.has_mail or generation.is_finished):
+        if not (generation.has_more or generation.is_finished):
             events = b"".join(unsent)
             unsent.clear()
             if events:
