@@ -1,4 +1,4 @@
-"""The `duetjax` command: generate, serve, convert, explain, simulate, plan, compile, doctor."""
+"""The `duetjax` command: generate, serve, bench, convert, explain, simulate, plan and others."""
 
 import argparse
 import atexit
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    _add_bench(commands)
     _add_explain(commands)
     _add_compile(commands)
     _add_simulate(commands)
@@ -125,6 +126,74 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show what this installation can do")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = commands.add_parser(
+        "bench", help="load an endpoint, and tell what its clients saw; flags as vllm bench serve"
+    )
+    bench.add_argument("--base-url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    bench.add_argument(
+        "--endpoint", default="/v1/completions", help="default: %(default)s; /v1/chat/completions"
+    )
+    bench.add_argument("--api-key", help="bearer token; default: OPENAI_API_KEY's")
+    bench.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE", help="more headers")
+    bench.add_argument("--model", help="name in the API; default: the first that is served")
+    load = bench.add_argument_group("load")
+    load.add_argument(
+        "--trace",
+        metavar="FILE|NAME",
+        help="as in simulate: Azure's or BurstGPT's CSV, Mooncake's or plain JSONL, or a name to"
+        " generate; default: random prompts",
+    )
+    load.add_argument("--dataset-name", metavar="random", help="what is sent without --trace")
+    load.add_argument("--random-input-len", type=int, default=1024, metavar="TOKENS")
+    load.add_argument("--random-output-len", type=int, default=128, metavar="TOKENS")
+    load.add_argument("--num-prompts", type=int, metavar="N", help="default: 1000, all of a trace")
+    load.add_argument(
+        *("--request-rate", "--rate"),
+        type=float,
+        metavar="R",
+        help="requests/s; inf: all at once; default: inf, a trace's own",
+    )
+    load.add_argument(
+        "--burstiness", type=float, metavar="B", help="1: Poisson; less: bursts; inf: even"
+    )
+    load.add_argument(
+        "--max-concurrency", type=int, metavar="N", help="so many at a time, others wait"
+    )
+    load.add_argument("--duration", type=float, metavar="S", help="only so much of the trace")
+    load.add_argument("--start", type=float, default=0.0, metavar="S", help="from there on")
+    load.add_argument("--seed", type=int, default=0)
+    load.add_argument("--num-warmups", type=int, default=0, metavar="N", help="sent before")
+    load.add_argument(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as many tokens as asked for",
+    )
+    load.add_argument("--temperature", type=float, help="default: the server's")
+    load.add_argument("--extra-body", metavar="JSON", help="fields of every request")
+    load.add_argument("--request-timeout-s", type=float, default=600.0, metavar="S")
+    result = bench.add_argument_group("result")
+    result.add_argument("--tbt-slo-ms", type=float, default=50.0, help="default: 50")
+    result.add_argument("--ttft-slo-ms", type=float, default=1000.0, help="default: 1000")
+    result.add_argument(
+        "--goodput", nargs="+", default=[], metavar="NAME:MS", help="of ttft, tpot, e2el"
+    )
+    result.add_argument(
+        "--percentile-metrics",
+        default="ttft,tpot,itl,e2el,worst_tbt",
+        metavar="A,B",
+        help="default: %(default)s",
+    )
+    result.add_argument(
+        "--metric-percentiles", default="99", metavar="P,P", help="default: %(default)s"
+    )
+    result.add_argument("--save-result", action="store_true", help="write it to a file")
+    result.add_argument("--save-detailed", action="store_true", help="request by request")
+    result.add_argument("--result-filename", type=Path, metavar="FILE")
+    bench.set_defaults(run=_bench)
 
 
 def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -608,6 +677,18 @@ def _explain(args: argparse.Namespace) -> int:
     if args.picture is not None:
         draw(explanation, args.picture)
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from duetjax import bench as command
+
+    report = command.bench(_fields_of(command.BenchRequest, args))
+    for line in command.lines(report):
+        print(line)
+    print(json.dumps(report.document))
+    if report.was_stopped:
+        return 130
+    return 0 if report.has_answers else 1
 
 
 def _simulate(args: argparse.Namespace) -> int:

@@ -19,10 +19,11 @@ STORMS, CONNECTIONS = 10, 1000
 PATIENCE = 30.0  # seconds until what they held must be back
 SPARE_DESCRIPTORS = 100
 FLAGS = (
-    *("--device", "sim", "--sim-step-ms", "5/5", "--page-size", "16"),
+    *("--device", "sim", "--sim-step-ms", "10/10", "--max-num-seqs", "128", "--page-size", "16"),
     *("--max-num-queued-reqs", str(CONNECTIONS)),  # so that nobody is turned away
 )
 CONTROL = {"model": "duetjax-demo", "prompt": "Once", "max_tokens": 20, "seed": 7}
+MOMENTS = ("before all", "before all", "at once", "soon", "in the stream")
 RESET = struct.pack("ii", 1, 0)
 
 
@@ -41,14 +42,15 @@ def test_ten_storms_leave_nothing_behind(descriptors):
     with serving(*FLAGS) as (process, url):
         pids = (process.pid, child_of(process.pid))
         answer = control(url)
-        storm(url, 0, descriptors)  # fills the pool of threads that tokenise
-        before = settled(url, pids, lambda state: state["pages held"] == 0)
-        assert (before["running"], before["waiting"]) == (0, 0)
+        storm(url, 0, descriptors)
+        most = settled(url, pids, lambda state: not any(state["used"]))
+        # Threads that tokenise: their pool, asyncio's, fills when it likes and never shrinks.
+        most["threads"][0] += min(32, (os.cpu_count() or 1) + 4)
         for number in range(1, STORMS + 1):
-            accepted = storm(url, number, descriptors)
-            assert accepted > CONNECTIONS / 20, f"storm {number}: few began to stream"
-            after = settled(url, pids, lambda state: state == before)
-            assert after == before, f"after storm {number}"
+            began = storm(url, number, descriptors)
+            assert began > CONNECTIONS / 20, f"storm {number}: {began} streams began"
+            after = settled(url, pids, lambda state: is_within(state, most))
+            assert is_within(after, most), f"after storm {number}: {after}, at most {most}"
             assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
             assert control(url) == answer, f"after storm {number}"
 
@@ -78,18 +80,20 @@ def settled(url, pids, is_right):
     return state
 
 
+def is_within(state, most):
+    return all(
+        value <= top for what in most for value, top in zip(state[what], most[what], strict=True)
+    )
+
+
 def held(url, pids):
-    """Of the server's and the engine's process, and by their own account."""
-    counts = {
-        name: [len(os.listdir(f"/proc/{pid}/{folder}")) for pid in pids]
-        for name, folder in (("threads", "task"), ("descriptors", "fd"))
-    }
-    return counts | {
-        "running": metric(url, "vllm:num_requests_running"),
-        "waiting": metric(url, "vllm:num_requests_waiting"),
-        "pages held": metric(url, "duetjax_pages", 'state="held"'),
-        "pages quarantined": metric(url, "duetjax_pages", 'state="quarantined"'),
-    }
+    """By the server's process and the engine's; used: by requests, which is 0 when none is left."""
+    threads, descriptors = (
+        [len(os.listdir(f"/proc/{pid}/{what}")) for pid in pids] for what in ("task", "fd")
+    )
+    pages = [metric(url, "duetjax_pages", f'state="{state}"') for state in ("held", "quarantined")]
+    requests = [metric(url, f"vllm:num_requests_{state}") for state in ("running", "waiting")]
+    return {"threads": threads, "descriptors": descriptors, "used": [*pages, *requests]}
 
 
 def storm(url, seed, at_once):
@@ -115,7 +119,7 @@ async def come_and_go(address, draw):
         await loop.sock_connect(end, address)
         if draw.random() < 0.5:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        moment = draw.choice(("before all", "at once", "soon", "in the stream"))
+        moment = draw.choice(MOMENTS)
         size = draw.randrange(len(request)) if moment == "before all" else len(request)
         await loop.sock_sendall(end, request[:size])
         if moment == "soon":
@@ -123,7 +127,7 @@ async def come_and_go(address, draw):
         if moment != "in the stream":
             return False
         read = await loop.sock_recv(end, 4096)
-        for _ in range(draw.randrange(4)):
+        for _ in range(draw.randrange(3)):
             await loop.sock_recv(end, 4096)
         return read.startswith(b"HTTP/1.1 200")
 
@@ -131,7 +135,7 @@ async def come_and_go(address, draw):
 def streaming_request(draw):
     """Ends by itself after a second, if nobody leaves."""
     words = " ".join(draw.choices(("a", "page", "of", "the", "prompt"), k=draw.randrange(1, 60)))
-    asked = {"model": "duetjax-demo", "prompt": words, "stream": True, "max_tokens": 200}
+    asked = {"model": "duetjax-demo", "prompt": words, "stream": True, "max_tokens": 100}
     body = json.dumps(asked | {"ignore_eos": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: storm\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body

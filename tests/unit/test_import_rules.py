@@ -159,6 +159,29 @@ RULES = {
         ),
         theirs=("tqdm",),
     ),
+    "duetjax.bench": Rule(
+        ours=(
+            "duetjax.bench_client",
+            "duetjax.bench_load",
+            "duetjax.bench_report",
+            "duetjax.bench_run",
+            "duetjax.config",
+            "duetjax.sim",
+        ),
+        theirs=("orjson",),
+    ),
+    "duetjax.bench_client": Rule(ours=("duetjax.config",), theirs=("h11", "orjson")),
+    "duetjax.bench_load": Rule(ours=("duetjax.config", "duetjax.sim"), theirs=("numpy", "orjson")),
+    "duetjax.bench_report": Rule(ours=("duetjax.bench_client", "duetjax.sim"), theirs=("numpy",)),
+    "duetjax.bench_run": Rule(
+        ours=(
+            "duetjax.bench_client",
+            "duetjax.bench_report",
+            "duetjax.config",
+            "duetjax.sim",
+        ),
+        theirs=("orjson", "tqdm"),
+    ),
     "duetjax.arrangements": Rule(
         ours=("duetjax.config", "duetjax.simulate", "duetjax.simulate_report")
     ),

@@ -1,0 +1,248 @@
+"""`duetjax bench`: load from a trace or a generator against an endpoint, and what its clients saw.
+
+Flags in, a table, a result file and a JSON line out. Flags and fields are called as those of
+`vllm bench serve` where it has them.
+"""
+
+import asyncio
+import json
+import os
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from math import isinf
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from duetjax.bench_client import Address, Client, Record
+from duetjax.bench_load import CHAT, COMPLETIONS, Bodies, LoadRequest, arrivals_of
+from duetjax.bench_report import GOODPUT, METRICS, Measured, Objectives, Outcome
+from duetjax.bench_report import lines as table
+from duetjax.bench_run import Run, first_model, vocab_size
+from duetjax.config import ConfigError, flag
+from duetjax.sim.workload import Arrival, mean_rate
+
+_ANY_VOCABULARY = 1000
+"""Ids below it are taken to be in the vocabulary of a server that does not tell."""
+_LEAST = {"max_concurrency": 1, "num_warmups": 0}
+_SECRET = ("api_key", "header")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest(LoadRequest):
+    """The flags of `duetjax bench`, by their names."""
+
+    base_url: str = "http://127.0.0.1:8000"
+    endpoint: str = COMPLETIONS
+    api_key: str | None = None
+    header: Sequence[str] = ()
+    model: str | None = None
+    dataset_name: str | None = None
+    max_concurrency: int | None = None
+    num_warmups: int = 0
+    ignore_eos: bool = True
+    temperature: float | None = None
+    extra_body: str | None = None
+    request_timeout_s: float = 600.0
+    ttft_slo_ms: float = 1000.0
+    tbt_slo_ms: float = 50.0
+    goodput: Sequence[str] = ()
+    percentile_metrics: str = "ttft,tpot,itl,e2el,worst_tbt"
+    metric_percentiles: str = "99"
+    save_result: bool = False
+    save_detailed: bool = False
+    result_filename: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of a benchmark. document: the JSON line; metrics: of the table's lower half."""
+
+    document: Mapping[str, object]
+    metrics: Sequence[str]
+    was_stopped: bool
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether any request was answered."""
+        return bool(self.document["completed"])
+
+
+def bench(request: BenchRequest) -> Report:
+    """Sends the load and measures; Ctrl-C ends it, and what was seen until then is told.
+
+    Writes the result's file where one was asked for. Raises `ConfigError` with one line that names
+    the flag and says what to give.
+    """
+    objectives, (metrics, percentiles) = _objectives(request), _statistics(request)
+    extra, headers = _extra(request), _headers(request)
+    arrivals = arrivals_of(request)
+    if request.result_filename is not None and not request.result_filename.parent.is_dir():
+        raise ConfigError(f"--result-filename {request.result_filename}: its folder is not there")
+    _allow_many_connections()
+    client = Client(Address(request.base_url, headers))
+    model, outcome = asyncio.run(_measure(request, client, arrivals, extra))
+    measured = Measured(outcome)
+    document = _asked_for(request, model, arrivals)
+    document |= measured.document(metrics, percentiles, objectives)
+    if request.save_result or request.save_detailed or request.result_filename is not None:
+        _save(request, document | (measured.detailed() if request.save_detailed else {}))
+    return Report(document, metrics, outcome.was_stopped)
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report as a table."""
+    return table(report.document, report.metrics)
+
+
+async def _measure(
+    request: BenchRequest, client: Client, arrivals: Sequence[Arrival], extra: dict[str, Any]
+) -> tuple[str, Outcome]:
+    """Asks the server what it serves, makes the prompts, warms up and lets all go."""
+    model = request.model or await first_model(client)
+    vocabulary = _ANY_VOCABULARY
+    if request.endpoint == COMPLETIONS:
+        vocabulary = await vocab_size(client, otherwise=_ANY_VOCABULARY)
+    makes = Bodies(request.endpoint, model, vocabulary, request.seed, extra)
+    bodies = makes.all_of(arrivals)
+    run = Run(
+        client,
+        request.endpoint,
+        max_concurrency=request.max_concurrency,
+        timeout_s=request.request_timeout_s,
+    )
+    for number in range(request.num_warmups):
+        like, record = arrivals[number % len(arrivals)], Record(due=0.0)
+        unshared = Arrival(0.0, like.prompt_tokens, like.output_tokens)
+        await run.one(record, makes.body(unshared, len(bodies) + number))
+        if record.error is not None:
+            raise ConfigError(f"the first request failed: {record.error}; see the server's log")
+    return model, await run.all_of(arrivals, bodies)
+
+
+def _allow_many_connections() -> None:
+    """As many files as the system lets this process open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+# From flags to settings.
+
+
+def _objectives(request: BenchRequest) -> Objectives:
+    for name in ("ttft_slo_ms", "tbt_slo_ms", "request_timeout_s"):
+        if not 0 < (value := getattr(request, name)) < 1e9:
+            raise ConfigError(f"{flag(name)} {value:g}: give a number above 0")
+    goodput = {}
+    for each in request.goodput:
+        name, _, text = each.partition(":")
+        with suppress(ValueError):
+            goodput[name] = float(text)
+        if name not in GOODPUT or not goodput.get(name, -1.0) >= 0:
+            raise ConfigError(
+                f"--goodput {each}: write it like ttft:500, of {', '.join(GOODPUT)}, in ms"
+            )
+    return Objectives(request.ttft_slo_ms, request.tbt_slo_ms, goodput)
+
+
+def _statistics(request: BenchRequest) -> tuple[list[str], list[float]]:
+    names = [name.strip() for name in request.percentile_metrics.split(",")]
+    if wrong := [name for name in names if name not in METRICS]:
+        raise ConfigError(f"--percentile-metrics {wrong[0]}: choose from {', '.join(METRICS)}")
+    if request.max_concurrency is not None and "client_queue_time" not in names:
+        names.append("client_queue_time")
+    try:
+        shares = [float(share) for share in request.metric_percentiles.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 100 for share in shares):
+        given = request.metric_percentiles
+        raise ConfigError(f"--metric-percentiles {given}: give numbers up to 100, such as 50,99")
+    return names, shares
+
+
+def _extra(request: BenchRequest) -> dict[str, Any]:
+    """Fields of every body; checks the flags that no other place does."""
+    if request.endpoint not in (COMPLETIONS, CHAT):
+        raise ConfigError(f"--endpoint {request.endpoint}: choose {COMPLETIONS} or {CHAT}")
+    if request.dataset_name is not None and (request.dataset_name != "random" or request.trace):
+        raise ConfigError(
+            f"--dataset-name {request.dataset_name}: give random, or leave it out for --trace"
+        )
+    for name, least in _LEAST.items():
+        if (value := getattr(request, name)) is not None and value < least:
+            raise ConfigError(f"{flag(name)} {value}: give {least} or more")
+    try:
+        given = orjson.loads(request.extra_body or "{}")
+    except orjson.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--extra-body {request.extra_body}: give a JSON object")
+    extra: dict[str, Any] = {"ignore_eos": True} if request.ignore_eos else {}
+    if request.temperature is not None:
+        extra["temperature"] = request.temperature
+    return extra | given
+
+
+def _headers(request: BenchRequest) -> dict[str, str]:
+    key = request.api_key or os.environ.get("OPENAI_API_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    for each in request.header:
+        name, is_given, value = each.partition("=")
+        if not is_given:
+            raise ConfigError(f"--header {each}: write it like x-name=value")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
+# The result.
+
+
+def _asked_for(request: BenchRequest, model: str, arrivals: Sequence[Arrival]) -> dict[str, object]:
+    """What the result begins with: how the load was, and all flags but secret ones."""
+    backend = "openai-chat" if request.endpoint == CHAT else "openai"
+    is_at_once = arrivals[0].at == arrivals[-1].at
+    rate: object = "inf" if is_at_once else request.request_rate or mean_rate(arrivals)
+    burstiness = request.burstiness
+    if burstiness is None and request.trace is None:
+        burstiness = 1.0
+    flags = {name: value for name, value in asdict(request).items() if name not in _SECRET}
+    return {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": backend,
+        "backend": backend,
+        "label": None,
+        "model_id": model,
+        "tokenizer_id": None,
+        "num_prompts": len(arrivals),
+        "request_rate": rate,
+        "burstiness": _plain(burstiness),
+        "max_concurrency": request.max_concurrency,
+        "arguments": {name: _plain(value) for name, value in flags.items()},
+    }
+
+
+def _save(request: BenchRequest, document: Mapping[str, object]) -> None:
+    file = request.result_filename
+    if file is None:
+        rate, most = document["request_rate"], request.max_concurrency
+        at_most = "" if most is None else f"-concurrency{most}"
+        model = str(document["model_id"]).rpartition("/")[2]
+        name = f"{document['backend']}-{rate}qps{at_most}-{model}-{document['date']}.json"
+        file = Path(name)
+    try:
+        file.write_text(json.dumps(document), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--result-filename {file}: {error.strerror}; name another") from error
+
+
+def _plain(value: object) -> object:
+    """As JSON has it."""
+    if isinstance(value, float) and isinf(value):
+        return "inf"
+    return str(value) if isinstance(value, Path) else value
