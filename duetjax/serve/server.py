@@ -144,7 +144,10 @@ def bind(host: str, port: int) -> socket.socket:
 
     Port 0 is any free one. Raises `ConfigError` for an address that cannot be had.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol by name: asyncio looks for it when it switches Nagle's algorithm off, and with it
+    # on a token may wait 40 ms for the client to acknowledge the one before.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

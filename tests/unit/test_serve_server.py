@@ -67,6 +67,15 @@ def test_ipv6_loopback_is_served(folder):
         assert server.url.startswith("http://[::1]:")
 
 
+def test_a_token_does_not_wait_until_the_one_before_has_been_acknowledged(folder):
+    with serving(folder) as served, served.connect() as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4096)
+        [protocol] = served.server._uvicorn.server_state.connections
+        accepted = protocol.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_an_address_reserved_for_a_loading_model_refuses_clients():
     with bind("127.0.0.1", 0) as listener, pytest.raises(ConnectionRefusedError):
         socket.create_connection(listener.getsockname(), timeout=PATIENCE)
