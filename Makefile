@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-clients check-schema check-device gpu-check study faults lock newest
+.PHONY: help setup demo test lint types check-native check-clients check-schema check-device gpu-check study faults soak lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -58,6 +58,11 @@ faults: $(VENV)/.installed-dev  ## attack servers with and without their guards,
 	rm -rf build/faults && mkdir -p build/faults
 	DUETJAX_FAULTS_OUT=build/faults $(PY) -m pytest -q -n 2 --dist loadfile $(wildcard tests/*/test_faults_*.py)
 	$(PY) tests/faults_page.py build/faults
+
+soak: setup  ## long mixed load: does anything grow, is anything lost? MINUTES=30 REQUESTS=1000000
+	$(PY) benchmarks/soak.py --minutes $(MINUTES) --requests $(REQUESTS)
+MINUTES ?= 30
+REQUESTS ?= 1000000
 
 check-device: $(VENV)/.installed-dev  ## compile every program for GPUs that are absent, renew the table
 	$(PY) tests/cpu/device_table.py

@@ -131,7 +131,9 @@ def run(requests: int, seed: int) -> Found:
     ledger = Ledger()
     client.start(ledger.take)
     began = time.perf_counter()
-    at, private = _submit(requests, random.Random(seed), client, ledger, lambda: _idle(scheduler, client))
+    at, private = _submit(
+        requests, random.Random(seed), client, ledger, lambda: _idle(scheduler, client)
+    )
     seconds = time.perf_counter() - began
     stats = client.stats()
     if not client.shutdown(_PATIENCE_SECONDS):
@@ -191,5 +193,5 @@ def _idle(scheduler: Scheduler, client: EngineClient) -> None:
         time.sleep(0.001)
     scheduler.check_integrity()
     stats = scheduler.stats()
-    assert not (stats.running or stats.waiting), stats
+    assert stats.running == stats.waiting == 0, stats
     assert stats.pages_free + stats.pages_cached == stats.pages_total, stats
