@@ -26,9 +26,7 @@ _REQUEST_BUCKETS = (
 class Metrics:
     """One app's registry: what it observes per request, and the engine's own counts at scrape."""
 
-    def __init__(
-        self, client: Engine, model_name: str, compilations: Callable[[], int]
-    ) -> None:
+    def __init__(self, client: Engine, model_name: str, compilations: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(client, model_name, compilations))
         self._model_name = model_name
@@ -79,9 +77,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads the engine's stats when scraped, so that they are never older than the scrape."""
 
-    def __init__(
-        self, client: Engine, model_name: str, compilations: Callable[[], int]
-    ) -> None:
+    def __init__(self, client: Engine, model_name: str, compilations: Callable[[], int]) -> None:
         self._client = client
         self._compilations = compilations
         self._labels = {"model_name": model_name}
