@@ -193,7 +193,7 @@ class Clients:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await work
-        except (Lost, TimeoutError, OSError, EOFError, ValueError, KeyError) as error:
+        except (Lost, TimeoutError, OSError, EOFError, ValueError, LookupError) as error:
             self.lost.append(f"{behaviour}: {error!r}")
 
     async def _read(self, behaviour: str, *asks: Ask, is_slow: bool = False) -> None:

@@ -162,22 +162,22 @@ class EngineProcess:
 
     @property
     def num_slots(self) -> int:
-        """How many requests can run at once."""
+        """See `EngineClient.num_slots`."""
         return self.limits.num_slots
 
     @property
     def num_live(self) -> int:
-        """Requests submitted and without a final output yet, those of this moment included."""
+        """See `EngineClient.num_live`."""
         return len(self._live)
 
     @property
     def failure(self) -> BaseException | None:
-        """What killed the engine, None unless it is dead."""
+        """See `EngineClient.failure`."""
         return self._failure
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the engine takes requests, however busy it is."""
+        """See `EngineClient.is_healthy`."""
         return self._is_running
 
     @property

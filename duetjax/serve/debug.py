@@ -10,7 +10,6 @@ import time
 from collections import deque
 from dataclasses import asdict
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -18,17 +17,12 @@ from starlette.types import Receive, Scope, Send
 from duetjax.engine import CompletedLaunches
 from duetjax.serve.context import Context
 from duetjax.serve.errors import HttpError, engine_dead, error_object, not_running
+from duetjax.serve.events import DONE, HEADERS, begin, event, write
 
 MAX_WATCHERS = 8
 MAX_BACKLOG = 1024
 _LOOK_SECONDS = 0.1
-_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
 _PING = b": still watching\n\n"
-_DONE = b"data: [DONE]\n\n"
 
 
 class Backlog:
@@ -59,7 +53,7 @@ class Backlog:
         events: list[object] = list(launches)
         if dropped:
             events[0] = asdict(launches[0]) | {"dropped": dropped}
-        return b"".join(map(_event, events))
+        return b"".join(map(event, events))
 
 
 class StepsEndpoint:
@@ -82,7 +76,7 @@ class StepsEndpoint:
             message = f"{MAX_WATCHERS} clients watch already, and no more may; end one of them"
             raise HttpError(429, "too_many_watchers", message)
         if scope["method"] == "HEAD":
-            await Response(headers=_HEADERS)(scope, receive, send)
+            await Response(headers=HEADERS)(scope, receive, send)
             return
         backlog = Backlog()
         stop = self._client.watch_launches(backlog.put)
@@ -94,13 +88,12 @@ class StepsEndpoint:
             stop()
 
     async def _stream(self, request: Request, backlog: Backlog, send: Send) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await begin(send, {})
         try:
             await self._send_events(request, backlog, send)
         except HttpError as error:
-            await _write(send, _event(error_object(error)))
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+            await write(send, event(error_object(error)))
+        await write(send, DONE, ends=True)
 
     async def _send_events(self, request: Request, backlog: Backlog, send: Send) -> None:
         """Until the client leaves or the server drains; raises the failure of the engine."""
@@ -113,7 +106,7 @@ class StepsEndpoint:
                 if time.monotonic() - wrote >= self._ping_seconds:
                     events = _PING
             if events:
-                await _write(send, events)
+                await write(send, events)
                 wrote = time.monotonic()
             if is_last:
                 return
@@ -130,11 +123,3 @@ class StepsEndpoint:
     def _check_engine(self) -> None:
         if not self._client.is_healthy:
             raise engine_dead(not_running(self._client))
-
-
-def _event(data: object) -> bytes:
-    return b"data: " + orjson.dumps(data) + b"\n\n"
-
-
-async def _write(send: Send, events: bytes) -> None:
-    await send({"type": "http.response.body", "body": events, "more_body": True})

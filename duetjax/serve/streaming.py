@@ -2,23 +2,17 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import orjson
 from starlette.types import Send
 
 from duetjax.serve.call import Call, Delta
 from duetjax.serve.errors import HttpError, error_object, internal_error
+from duetjax.serve.events import DONE, begin, event, write
 from duetjax.serve.generation import Generation
 
 _log = logging.getLogger(__name__)
-_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
 _PING = b": still working\n\n"
-_DONE = b"data: [DONE]\n\n"
 _MARK = "\0"
 
 
@@ -29,20 +23,19 @@ async def send_stream(
 
     refuse: told why a stream was given up.
     """
-    headers = [(k.encode(), v.encode()) for k, v in (_HEADERS | dict(call.headers)).items()]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await begin(send, call.headers)
     unsent: list[bytes] = []
     try:
         await _send_chunks(call, generation, send, unsent)
     except HttpError as error:
         refuse(error.reason)
-        unsent.append(_event(error_object(error)))
+        unsent.append(event(error_object(error)))
     except Exception:
         _log.exception("a stream failed after its start")
         refuse(internal_error().reason)
-        unsent.append(_event(error_object(internal_error())))
-    unsent.append(_DONE)
-    await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": False})
+        unsent.append(event(error_object(internal_error())))
+    unsent.append(DONE)
+    await write(send, b"".join(unsent), ends=True)
 
 
 async def _send_chunks(call: Call, generation: Generation, send: Send, unsent: list[bytes]) -> None:
@@ -55,10 +48,10 @@ async def _send_chunks(call: Call, generation: Generation, send: Send, unsent: l
             events = b"".join(unsent)
             unsent.clear()
             if events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+                await write(send, events)
     if call.include_usage:
         usage = {"usage": call.usage(generation.num_tokens, generation.cached)}
-        unsent.append(_event(call.reply.last() | usage))
+        unsent.append(event(call.reply.last() | usage))
 
 
 class _Spelling:
@@ -86,15 +79,11 @@ class _Spelling:
 
     def _spelled(self, delta: Delta, *, is_first: bool) -> bytes:
         chunks = self._reply.chunk(delta, is_first=is_first)
-        return b"".join(_event(chunk | self._tail) for chunk in chunks)
+        return b"".join(event(chunk | self._tail) for chunk in chunks)
 
     def _frame(self, index: int) -> tuple[bytes, bytes] | None:
         if not self._reply.is_text_only:
             return None
-        event = self._spelled(Delta(index, _MARK, ()), is_first=False)
-        before, _, after = event.rpartition(orjson.dumps(_MARK))
+        marked = self._spelled(Delta(index, _MARK, ()), is_first=False)
+        before, _, after = marked.rpartition(orjson.dumps(_MARK))
         return before, after
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(data) + b"\n\n"
