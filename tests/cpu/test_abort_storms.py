@@ -41,7 +41,8 @@ def descriptors():
 def test_ten_storms_leave_nothing_behind(descriptors):
     with serving(*FLAGS) as (process, url):
         pids = (process.pid, child_of(process.pid))
-        answer, most = control(url), held(url, pids)
+        answer = control(url)
+        most = settled(url, pids, lambda state: not any(state["used"]))
         assert not any(most["used"])
         # Some threads start when they are first needed, and stay: those that tokenise, and in each
         # process the one that writes what the other does not read at once.
