@@ -8,6 +8,7 @@ import sys
 
 import openai
 import pytest
+from fake_engine import wait_until
 from server_process import metric, serving
 
 FLAGS = ("--max-num-seqs", "8", "--max-num-batched-tokens", "128")
@@ -52,7 +53,7 @@ def test_a_second_start_compiles_nothing_nor_do_a_thousand_mixed_requests(cache)
         assert metric(url, "duetjax_compilations_total") == 0
         asyncio.run(mixed_requests(url))
         assert metric(url, "duetjax_compilations_total") == 0
-        assert metric(url, "vllm:num_requests_running") == 0
+        wait_until(lambda: metric(url, "vllm:num_requests_running") == 0, "an idle engine")
 
 
 async def mixed_requests(url):
