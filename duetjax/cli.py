@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import json
-import logging
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from duetjax.config import ConfigError, DuetJAXError, EngineConfig, PolicyName, SamplingParams, flag
+from duetjax.log_lines import log_to_stderr
 from duetjax.serve.limits import OFFLINE, Limits
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0; 1 for a fault or a dead engine; 130."""
     args = _parser().parse_args(argv)
     try:
-        with _log_to_stderr():
+        with log_to_stderr():
             return int(args.run(args))
     except DuetJAXError as error:
         print(f"duetjax: error: {error}", file=sys.stderr)
@@ -549,7 +549,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise ConfigError("--host is empty; name an address, or 0.0.0.0 for all")
     if not 0 <= args.shutdown_timeout <= 1e6:
         raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout}: give seconds up to 10^6")
-    limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
+    limits = _fields_of(Limits, args)
     request = ModelRequest(
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
@@ -809,20 +809,6 @@ def _launcher_status() -> str:
     except _launcher.LauncherError as error:
         return f"built, but {error}"
     return f"built; splits of {cores} SMs: {', '.join(splits)}"
-
-
-@contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    """While it lasts, what the package logs goes to standard error, one line each."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("duetjax: %(message)s"))
-    logger = logging.getLogger("duetjax")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,8 @@ class EngineClient:
         check_request(new, self.limits, self.vocab_size)
         with self._wakeup:
             if self._phase is not _Phase.RUNNING:
-                raise EngineDead(self._why_not_running())
+                assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
+                raise EngineDead(why_not_running(self._failure))
             if new.id in self._live:
                 raise InvalidRequest(f"request id {new.id!r} is already in use; choose another")
             self._live[new.id] = None
@@ -263,12 +264,6 @@ class EngineClient:
     def _end_watching(self, key: object) -> None:
         with self._wakeup:
             self._watchers = {k: each for k, each in self._watchers.items() if k is not key}
-
-    def _why_not_running(self) -> str:
-        assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
-        if self._failure is None:
-            return "the engine has been shut down; start it again"
-        return f"the engine has failed ({self._failure!r}); see its log, then start it again"
 
     def _deliver(self, item: FinishedStep | BaseException) -> None:
         """On the executor's thread."""
@@ -391,6 +386,13 @@ class EngineClient:
             self._on_outputs(StepOutputs(finished=tuple(ended.items())))
         except Exception:
             _log.exception("on_outputs raised; %d requests may not know of the failure", len(ended))
+
+
+def why_not_running(failure: BaseException | None) -> str:
+    """Of an engine that takes no more requests; failure: what killed it, if anything did."""
+    if failure is None:
+        return "the engine has been shut down; start it again"
+    return f"the engine has failed ({failure!r}); see its log, then start it again"
 
 
 def check_request(new: NewRequest, limits: SchedulerLimits, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from duetjax.config import DuetJAXError, EngineConfig, InvalidRequest
-from duetjax.engine import EngineDead, LaunchWatcher, check_request
+from duetjax.engine import EngineDead, LaunchWatcher, check_request, why_not_running
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.stats import Stats
@@ -131,11 +131,7 @@ class EngineProcess:
         values = plain(new)
         with self._lock:
             if not self._is_running:
-                raise EngineDead(
-                    "the engine has been shut down; start it again"
-                    if self._failure is None
-                    else f"the engine has failed ({self._failure!r}); see its log, then start again"
-                )
+                raise EngineDead(why_not_running(self._failure))
             if new.id in self._live:
                 raise InvalidRequest(f"request id {new.id!r} is already in use; choose another")
             self._live[new.id] = None

@@ -22,12 +22,13 @@ from duetjax import build
 from duetjax.build import LoadedModel, ModelRequest
 from duetjax.config import DuetJAXError, EngineConfig
 from duetjax.engine import EngineDead
+from duetjax.log_lines import log_to_stderr
 from duetjax.policy.request import FinishReason, StepOutputs
 from duetjax.wire import Channel, new_request, plain, plain_outputs
 
 TICK_SECONDS = 0.2  # between signs of life
 
-_log = logging.getLogger("duetjax")
+_log = logging.getLogger(__name__)
 
 
 def main(descriptor: int) -> None:
@@ -39,19 +40,19 @@ def work(descriptor: int, load: Callable[..., LoadedModel]) -> None:
     """Serves the other end of a socket with what `load` makes of its first message."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    _log_to_stderr()
     channel = Channel(socket.socket(fileno=descriptor))
     inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
-    try:
-        _, *values = inbox.get()
-        _Worker(load(*values), channel).serve(inbox)
-    except DuetJAXError as error:
-        channel.send("error", str(error))
-    except BaseException as error:
-        _log.exception("the engine's process failed")
-        channel.send("error", f"the engine's process failed: {error!r}")
-    inbox.get()  # until the other end leaves, which ends this process
+    with log_to_stderr():
+        try:
+            _, *values = inbox.get()
+            _Worker(load(*values), channel).serve(inbox)
+        except DuetJAXError as error:
+            channel.send("error", str(error))
+        except BaseException as error:
+            _log.exception("the engine's process failed")
+            channel.send("error", f"the engine's process failed: {error!r}")
+        inbox.get()  # until the other end leaves, which ends this process
 
 
 class _Worker:
@@ -154,10 +155,3 @@ def _model_request(values: tuple[Any, ...]) -> ModelRequest:
 def _engine_config(values: tuple[Any, ...]) -> EngineConfig:
     names = [field.name for field in fields(EngineConfig)]
     return EngineConfig(**dict(zip(names, values, strict=True)))
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("duetjax: %(message)s"))
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)

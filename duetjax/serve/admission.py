@@ -36,6 +36,11 @@ class Admission:
         """Calls being answered."""
         return self._in_flight
 
+    @property
+    def is_open(self) -> bool:
+        """Whether new work is taken: the server does not drain."""
+        return self._drain_ends is None
+
     def check_open(self) -> None:
         """Raises the 503 that new work and health checks get while the server drains."""
         if self._drain_ends is not None:

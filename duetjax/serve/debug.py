@@ -99,7 +99,7 @@ class StepsEndpoint:
         """Until the client leaves or the server drains; raises the failure of the engine."""
         wrote = time.monotonic()
         while not await request.is_disconnected():
-            is_last = self._is_draining
+            is_last = not self._admission.is_open
             events = backlog.take()
             if not events:
                 self._check_engine()  # once all that it did has been told
@@ -111,14 +111,6 @@ class StepsEndpoint:
             if is_last:
                 return
             await asyncio.sleep(_LOOK_SECONDS)
-
-    @property
-    def _is_draining(self) -> bool:
-        try:
-            self._admission.check_open()
-        except HttpError:
-            return True
-        return False
 
     def _check_engine(self) -> None:
         if not self._client.is_healthy:

@@ -30,6 +30,7 @@ RULES = {
     "duetjax": Rule(ours=("duetjax.async_llm", "duetjax.config", "duetjax.llm")),
     "duetjax.config": Rule(),
     "duetjax.host": Rule(),
+    "duetjax.log_lines": Rule(),
     "duetjax.whole_file": Rule(),
     "duetjax.presets": Rule(),
     "duetjax.policy": Rule(ours=("duetjax.config",), theirs=("numpy",), never=CLOCKS),
@@ -82,6 +83,7 @@ RULES = {
             "duetjax.build",
             "duetjax.config",
             "duetjax.engine",
+            "duetjax.log_lines",
             "duetjax.policy.request",
             "duetjax.wire",
         )
