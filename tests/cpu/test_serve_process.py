@@ -3,7 +3,6 @@
 import asyncio
 import random
 import signal
-import time
 
 import openai
 import pytest
@@ -15,9 +14,15 @@ QUESTION = [{"role": "user", "content": "What is TTFT?"}]
 
 
 @pytest.fixture(scope="module")
-def url():
+def server():
+    """The address of a server, and its free pages before it saw a request."""
     with serving("--max-num-seqs", "16", "--max-num-batched-tokens", "128") as (_, url):
-        yield url
+        yield url, free_pages(url)
+
+
+@pytest.fixture
+def url(server):
+    return server[0]
 
 
 @pytest.fixture
@@ -28,15 +33,6 @@ def client(url):
 
 def free_pages(url):
     return metric(url, "duetjax_pages", 'state="free"')
-
-
-def idle_free_pages(url):
-    """Once nothing holds a page; what /metrics says may be a fifth of a second old."""
-    for _ in range(600):
-        if metric(url, "duetjax_pages", 'state="held"') == 0:
-            return free_pages(url)
-        time.sleep(0.1)
-    raise AssertionError("the server is not idle")
 
 
 def test_the_official_client_chats(client):
@@ -77,8 +73,8 @@ def test_errors_reach_the_official_client_with_their_types(client):
     assert long.value.code == "context_length_exceeded"
 
 
-def test_sixty_four_streams_survive_random_disconnects_among_them(url):
-    before = idle_free_pages(url)
+def test_sixty_four_streams_survive_random_disconnects_among_them(server):
+    url, free_at_start = server
     rng = random.Random(0)
     leaves_after = [rng.choice([None, None, 0, 1, 5, 20]) for _ in range(NUM_STREAMS)]
     wanted = asyncio.run(run_streams(url, [None]))[0]
@@ -87,7 +83,7 @@ def test_sixty_four_streams_survive_random_disconnects_among_them(url):
     stayed = [r for r, leaves in zip(results, leaves_after, strict=True) if leaves is None]
     assert len(stayed) > 16
     assert set(stayed) == {wanted}
-    asyncio.run(pages_return(url, before))
+    asyncio.run(pages_return(url, free_at_start))
 
 
 async def run_streams(url, leaves_after):
