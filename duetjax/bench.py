@@ -1,33 +1,38 @@
 """`duetjax bench`: load from a trace or a generator against an endpoint, and what its clients saw.
 
 Flags in, a table, a result file and a JSON line out. Flags and fields are called as those of
-`vllm bench serve` where it has them.
+`vllm bench serve` where it has them. With --in-process an engine takes the endpoint's place.
 """
 
 import asyncio
 import json
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from math import isinf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from duetjax.bench_client import Address, Client, Record
-from duetjax.bench_load import CHAT, COMPLETIONS, Bodies, LoadRequest, arrivals_of
+from duetjax.bench_endpoint import Endpoint
+from duetjax.bench_load import CHAT, COMPLETIONS, LoadRequest, Prompts, arrivals_of
 from duetjax.bench_report import GOODPUT, METRICS, Measured, Objectives, Outcome
 from duetjax.bench_report import lines as table
-from duetjax.bench_run import Run, first_model, vocab_size
-from duetjax.config import ConfigError, flag
+from duetjax.bench_run import Run, Target
+from duetjax.config import ConfigError, EngineConfig, SamplingParams, flag
 from duetjax.sim.workload import Arrival, mean_rate
 
-_ANY_VOCABULARY = 1000
-"""Ids below it are taken to be in the vocabulary of a server that does not tell."""
+if TYPE_CHECKING:
+    from duetjax.bench_in_process import OwnEngine
+    from duetjax.build import LoadedModel, ModelRequest
+
+_OF_HTTP = ("base_url", "endpoint", "api_key", "header", "extra_body")
 _LEAST = {"max_concurrency": 1, "num_warmups": 0}
 _SECRET = ("api_key", "header")
 
@@ -59,6 +64,15 @@ class BenchRequest(LoadRequest):
 
 
 @dataclass(frozen=True, slots=True)
+class InProcess:
+    """What --in-process measures. loaded: loads it, and ends its engine when it is left."""
+
+    model: "ModelRequest"
+    engine: EngineConfig
+    loaded: Callable[[], AbstractContextManager["LoadedModel"]]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What came of a benchmark. document: the JSON line; metrics: of the table's lower half."""
 
@@ -72,22 +86,27 @@ class Report:
         return bool(self.document["completed"])
 
 
-def bench(request: BenchRequest) -> Report:
+def bench(request: BenchRequest, in_process: InProcess | None = None) -> Report:
     """Sends the load and measures; Ctrl-C ends it, and what was seen until then is told.
 
-    Writes the result's file where one was asked for. Raises `ConfigError` with one line that names
-    the flag and says what to give.
+    in_process: None is an endpoint. Writes the result's file where one was asked for. Raises
+    `ConfigError` with one line that names the flag and says what to give.
     """
     objectives, (metrics, percentiles) = _objectives(request), _statistics(request)
-    extra, headers = _extra(request), _headers(request)
+    _check(request)
     arrivals = arrivals_of(request)
-    if request.result_filename is not None and not request.result_filename.parent.is_dir():
-        raise ConfigError(f"--result-filename {request.result_filename}: its folder is not there")
-    _allow_many_connections()
-    client = Client(Address(request.base_url, headers))
-    model, outcome = asyncio.run(_measure(request, client, arrivals, extra))
+    measure = partial(_measure, request, arrivals)
+    if in_process is None:
+        client, extra = Client(Address(request.base_url, _headers(request))), _extra(request)
+        _allow_many_connections()
+        find = partial(Endpoint.find, client, request.endpoint, request.model, extra)
+        target, outcome = asyncio.run(measure(find))
+    else:
+        _check_in_process(request)
+        with in_process.loaded() as model:
+            target, outcome = asyncio.run(measure(partial(_begin, request, in_process, model)))
     measured = Measured(outcome)
-    document = _asked_for(request, model, arrivals)
+    document = _asked_for(request, in_process, target, arrivals)
     document |= measured.document(metrics, percentiles, objectives)
     if request.save_result or request.save_detailed or request.result_filename is not None:
         _save(request, document | (measured.detailed() if request.save_detailed else {}))
@@ -99,29 +118,32 @@ def lines(report: Report) -> Iterator[str]:
     return table(report.document, report.metrics)
 
 
-async def _measure(
-    request: BenchRequest, client: Client, arrivals: Sequence[Arrival], extra: dict[str, Any]
-) -> tuple[str, Outcome]:
-    """Asks the server what it serves, makes the prompts, warms up and lets all go."""
-    model = request.model or await first_model(client)
-    vocabulary = _ANY_VOCABULARY
-    if request.endpoint == COMPLETIONS:
-        vocabulary = await vocab_size(client, otherwise=_ANY_VOCABULARY)
-    makes = Bodies(request.endpoint, model, vocabulary, request.seed, extra)
-    bodies = makes.all_of(arrivals)
-    run = Run(
-        client,
-        request.endpoint,
-        max_concurrency=request.max_concurrency,
-        timeout_s=request.request_timeout_s,
-    )
+async def _measure[Body](
+    request: BenchRequest,
+    arrivals: Sequence[Arrival],
+    find: Callable[[], Awaitable[Target[Body]]],
+) -> tuple[Target[Any], Outcome]:
+    """Makes the prompts, warms up and lets all go."""
+    target = await find()
+    prompts = Prompts(target.vocab_size, request.seed)
+    asked = zip(prompts.all_of(arrivals), arrivals, strict=True)
+    bodies = [target.body(prompt, each.output_tokens) for prompt, each in asked]
+    run = Run(target, max_concurrency=request.max_concurrency, timeout_s=request.request_timeout_s)
     for number in range(request.num_warmups):
         like, record = arrivals[number % len(arrivals)], Record(due=0.0)
         unshared = Arrival(0.0, like.prompt_tokens, like.output_tokens)
-        await run.one(record, makes.body(unshared, len(bodies) + number))
+        prompt = prompts.of(unshared, len(bodies) + number)
+        await run.one(record, target.body(prompt, like.output_tokens))
         if record.error is not None:
-            raise ConfigError(f"the first request failed: {record.error}; see the server's log")
-    return model, await run.all_of(arrivals, bodies)
+            raise ConfigError(f"the first request failed: {record.error}; see the log")
+    return target, await run.all_of(arrivals, bodies)
+
+
+async def _begin(request: BenchRequest, in_process: InProcess, model: "LoadedModel") -> "OwnEngine":
+    from duetjax.bench_in_process import OwnEngine
+
+    params = replace(model.defaults, n=1, **_sampling(request))
+    return OwnEngine(model, params, in_process.engine.watchdog_s)
 
 
 def _allow_many_connections() -> None:
@@ -166,8 +188,8 @@ def _statistics(request: BenchRequest) -> tuple[list[str], list[float]]:
     return names, shares
 
 
-def _extra(request: BenchRequest) -> dict[str, Any]:
-    """Fields of every body; checks the flags that no other place does."""
+def _check(request: BenchRequest) -> None:
+    """The flags that no other place does."""
     if request.endpoint not in (COMPLETIONS, CHAT):
         raise ConfigError(f"--endpoint {request.endpoint}: choose {COMPLETIONS} or {CHAT}")
     if request.dataset_name is not None and (request.dataset_name != "random" or request.trace):
@@ -177,16 +199,37 @@ def _extra(request: BenchRequest) -> dict[str, Any]:
     for name, least in _LEAST.items():
         if (value := getattr(request, name)) is not None and value < least:
             raise ConfigError(f"{flag(name)} {value}: give {least} or more")
+    file = request.result_filename
+    if file is not None and not file.parent.is_dir():
+        raise ConfigError(f"--result-filename {file}: its folder is not there")
+
+
+def _check_in_process(request: BenchRequest) -> None:
+    """Before anything is loaded."""
+    usual = BenchRequest()
+    for name in _OF_HTTP:
+        if getattr(request, name) != getattr(usual, name):
+            raise ConfigError(f"{flag(name)} is for an endpoint; leave it out with --in-process")
+    SamplingParams(**_sampling(request))
+
+
+def _sampling(request: BenchRequest) -> dict[str, Any]:
+    """What the flags say of it, by the names that a body and `SamplingParams` have for it."""
+    given: dict[str, Any] = {"ignore_eos": True} if request.ignore_eos else {}
+    if request.temperature is not None:
+        given["temperature"] = request.temperature
+    return given
+
+
+def _extra(request: BenchRequest) -> dict[str, Any]:
+    """Fields of every body."""
     try:
         given = orjson.loads(request.extra_body or "{}")
     except orjson.JSONDecodeError:
         given = None
     if not isinstance(given, dict):
         raise ConfigError(f"--extra-body {request.extra_body}: give a JSON object")
-    extra: dict[str, Any] = {"ignore_eos": True} if request.ignore_eos else {}
-    if request.temperature is not None:
-        extra["temperature"] = request.temperature
-    return extra | given
+    return _sampling(request) | given
 
 
 def _headers(request: BenchRequest) -> dict[str, str]:
@@ -203,21 +246,28 @@ def _headers(request: BenchRequest) -> dict[str, str]:
 # The result.
 
 
-def _asked_for(request: BenchRequest, model: str, arrivals: Sequence[Arrival]) -> dict[str, object]:
+def _asked_for(
+    request: BenchRequest,
+    in_process: InProcess | None,
+    target: Target[Any],
+    arrivals: Sequence[Arrival],
+) -> dict[str, object]:
     """What the result begins with: how the load was, and all flags but secret ones."""
-    backend = "openai-chat" if request.endpoint == CHAT else "openai"
     is_at_once = arrivals[0].at == arrivals[-1].at
     rate: object = "inf" if is_at_once else request.request_rate or mean_rate(arrivals)
     burstiness = request.burstiness
     if burstiness is None and request.trace is None:
         burstiness = 1.0
-    flags = {name: value for name, value in asdict(request).items() if name not in _SECRET}
+    unsaid: Sequence[str] = _SECRET if in_process is None else _OF_HTTP
+    flags = {name: value for name, value in asdict(request).items() if name not in unsaid}
+    if in_process is not None:
+        flags |= asdict(in_process.model) | asdict(in_process.engine)
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": backend,
-        "backend": backend,
+        "endpoint_type": target.backend,
+        "backend": target.backend,
         "label": None,
-        "model_id": model,
+        "model_id": target.model,
         "tokenizer_id": None,
         "num_prompts": len(arrivals),
         "request_rate": rate,
@@ -233,7 +283,8 @@ def _save(request: BenchRequest, document: Mapping[str, object]) -> None:
         rate, most = document["request_rate"], request.max_concurrency
         at_most = "" if most is None else f"-concurrency{most}"
         model = str(document["model_id"]).rpartition("/")[2]
-        name = f"{document['backend']}-{rate}qps{at_most}-{model}-{document['date']}.json"
+        backend = str(document["backend"]).replace(" ", "-")
+        name = f"{backend}-{rate}qps{at_most}-{model}-{document['date']}.json"
         file = Path(name)
     try:
         file.write_text(json.dumps(document), encoding="utf-8")

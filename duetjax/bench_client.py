@@ -189,9 +189,10 @@ class Record:
     """What became of a request; times are of time.monotonic.
 
     due: when it had to come; began: when the client was ready to send it, as far as it was not to
-    wait for others; sent. events: when each event with output came; tokens: of the output, as the
-    server counted them; without a count, the events. error: None where all went well. is_over:
-    whether it has ended, one way or the other.
+    wait for others; sent: when it left, or without HTTP when it was due or had its turn. events:
+    when each event with output came; tokens: of the output, as the server counted them; without a
+    count, the events. error: None where all went well. is_over: whether it has ended, one way or
+    the other.
     """
 
     due: float

@@ -1,4 +1,4 @@
-"""What a benchmark sends, and when: a workload's requests as the bodies of HTTP requests."""
+"""What a benchmark sends, and when: a workload's prompts, and the bodies of HTTP requests."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from duetjax.config import ConfigError
 from duetjax.sim.traces import load
 from duetjax.sim.workload import BLOCK_TOKENS, FIXED, Arrival, Spec, generate, scaled
+
+type Tokens = NDArray[np.int64]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USUAL_PROMPTS = 1000
@@ -90,40 +92,26 @@ def _cv(burstiness: float | None) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Bodies:
-    """Makes the bodies of requests for one route.
+class Prompts:
+    """Makes token ids below vocab_size. seed: other prompts for another."""
 
-    vocab_size: prompts' ids are below it. seed: other prompts for another. extra: fields for all.
-    """
-
-    endpoint: str
-    model: str
     vocab_size: int
     seed: int
-    extra: dict[str, Any]
 
-    def all_of(self, arrivals: Sequence[Arrival]) -> list[bytes]:
+    def all_of(self, arrivals: Sequence[Arrival]) -> Iterator[Tokens]:
         """One for each, in their order. Raises `ConfigError` for more than memory should hold."""
         if (tokens := sum([each.prompt_tokens for each in arrivals])) > MOST_TOKENS:
             raise ConfigError(
                 f"the prompts have {tokens:,} tokens, more than {MOST_TOKENS:,}; choose fewer with"
                 " --num-prompts or --duration"
             )
-        return [self.body(each, number) for number, each in enumerate(arrivals)]
+        return (self.of(each, number) for number, each in enumerate(arrivals))
 
-    def body(self, arrival: Arrival, number: int) -> bytes:
+    def of(self, arrival: Arrival, number: int) -> Tokens:
         """number: of this request alone, below 2**62: what its prompt shares with no other."""
-        tokens = np.concatenate(list(self._parts(arrival, number)))
-        prompt: dict[str, Any] = {"prompt": tokens}
-        if self.endpoint == CHAT:
-            words = _WORDS.split()
-            text = " ".join([words[token % len(words)] for token in tokens.tolist()])
-            prompt = {"messages": [{"role": "user", "content": text}]}
-        asked = {"model": self.model, "max_tokens": arrival.output_tokens, "stream": True}
-        asked |= {"stream_options": {"include_usage": True}}
-        return orjson.dumps(prompt | asked | self.extra, option=orjson.OPT_SERIALIZE_NUMPY)
+        return np.concatenate(list(self._parts(arrival, number)))
 
-    def _parts(self, arrival: Arrival, number: int) -> Iterator[NDArray[np.int64]]:
+    def _parts(self, arrival: Arrival, number: int) -> Iterator[Tokens]:
         """Of the prompt: its blocks, which are alike wherever they appear, and what is its own."""
         left = arrival.prompt_tokens
         for block in arrival.blocks:
@@ -132,6 +120,20 @@ class Bodies:
         if left:
             yield self._draw(_PRIVATE + number, left)
 
-    def _draw(self, of: int, count: int) -> NDArray[np.int64]:
+    def _draw(self, of: int, count: int) -> Tokens:
         draw = np.random.default_rng((self.seed, of))
         return draw.integers(0, self.vocab_size, count)
+
+
+def body_of(
+    endpoint: str, model: str, prompt: Tokens, num_tokens: int, extra: dict[str, Any]
+) -> bytes:
+    """A request for so many tokens after a prompt: its ids, or for chats as many words."""
+    asked: dict[str, Any] = {"prompt": prompt}
+    if endpoint == CHAT:
+        words = _WORDS.split()
+        text = " ".join([words[token % len(words)] for token in prompt.tolist()])
+        asked = {"messages": [{"role": "user", "content": text}]}
+    asked |= {"model": model, "max_tokens": num_tokens, "stream": True}
+    asked |= {"stream_options": {"include_usage": True}}
+    return orjson.dumps(asked | extra, option=orjson.OPT_SERIALIZE_NUMPY)

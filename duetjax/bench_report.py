@@ -43,7 +43,7 @@ class Outcome:
     """Of a run. records: of the requests that had their turn; some may not be over.
 
     began: of time.monotonic, when the first was due; seconds: from then to the end.
-    cpu_share: of a core, that the client took. was_stopped: by Ctrl-C.
+    cpu_share: of a core, that the client's thread took. was_stopped: by Ctrl-C.
     """
 
     records: Sequence[Record]
@@ -74,7 +74,8 @@ class Measured:
             "itl": np.concatenate([np.zeros(0), *self.gaps]),
             "e2el": whole,
             "worst_tbt": np.array([gaps.max() for gaps in self.gaps if len(gaps)]),
-            "client_queue_time": 1e3 * np.array([each.sent - each.began for each in self.good]),
+            "client_queue_time": 1e3
+            * np.maximum([each.sent - each.began for each in self.good], 0.0),
         }
         sent = [each for each in outcome.records if each.began == each.began]
         self.lateness_ms = 1e3 * np.array([each.began - each.due for each in sent])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from duetjax.bench_client import Record, Stream
-from duetjax.bench_load import Bodies, LoadRequest, arrivals_of
+from duetjax.bench_load import LoadRequest, Prompts, arrivals_of
 from duetjax.bench_report import Measured, Objectives, Outcome, lines
 from duetjax.sim.workload import Arrival, mean_rate
 
@@ -259,8 +259,7 @@ def test_a_trace_keeps_its_times_unless_there_is_a_rate(tmp_path):
 
 def test_prompts_follow_from_seed_and_number_and_their_blocks():
     def prompt(seed, number, *blocks, tokens=1100):
-        makes = Bodies("/v1/completions", "m", 300, seed, {})
-        return json.loads(makes.body(Arrival(0.0, tokens, 1, blocks), number))["prompt"]
+        return Prompts(300, seed).of(Arrival(0.0, tokens, 1, blocks), number).tolist()
 
     assert prompt(0, 1, 7, 8) == prompt(0, 1, 7, 8) != prompt(1, 1, 7, 8)
     assert prompt(0, 1, 7, 8)[:1024] == prompt(0, 2, 7, 8)[:1024]
