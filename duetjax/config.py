@@ -4,7 +4,7 @@ Imports the standard library only; every other module may import this one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from reprlib import repr as short  # values of hostile files may be megabytes long
@@ -173,6 +173,29 @@ class ModelConfig:
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, inner = self.hidden_size, self.intermediate_size
         return (heads + 2 * kv_heads, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)
+
+    def shard(self, count: int) -> Self:
+        """One device's part where `count` of them share each matrix, and the heads of attention.
+
+        Where there are fewer KV heads than devices, several have the same one. Of the vocabulary
+        each has a part, the last a smaller one. Raises ValueError for what cannot be divided.
+        """
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % count or (kv_heads % count and count % kv_heads):
+            raise ValueError(
+                f"{heads} heads on {kv_heads} KV heads cannot be divided among {count}"
+            )
+        if self.intermediate_size % count:
+            raise ValueError(
+                f"intermediate_size {self.intermediate_size} cannot be divided among {count}"
+            )
+        return replace(
+            self,
+            vocab_size=-(-self.vocab_size // count),
+            intermediate_size=self.intermediate_size // count,
+            num_heads=heads // count,
+            num_kv_heads=max(1, kv_heads // count),
+        )
 
     def page_bytes(self, page_size: int, value_bytes: int) -> int:
         """Bytes of the keys and values of `page_size` tokens over all layers."""

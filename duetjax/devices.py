@@ -17,7 +17,7 @@ from duetjax.host import free_host_memory, host_memory
 from duetjax.model import layers
 from duetjax.model.kv_pages import Kernels
 from duetjax.policy.launch import Executor, Launch, Program, Split, StepResult
-from duetjax.policy.memory import PAGE_STEP
+from duetjax.policy.memory import PAGE_STEP, recorded_bytes
 from duetjax.runtime import host_kernels
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.executor import Executables, JaxDevice
@@ -35,8 +35,6 @@ _log = logging.getLogger(__name__)
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
 _USUAL_TOKENS = 4096
-_OUTPUT_BYTES = 256 * 2**20
-"""For what programs put out, and for what XLA's allocator cannot use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +71,8 @@ class Ready:
     weights: Leaves
 
 
-class Device(Protocol):
-    """Where an engine runs. memory, free: bytes, all that may be taken and what nobody has."""
+class Place(Protocol):
+    """What programs are made for. memory, free: bytes, all that may be had, and what nobody has."""
 
     target: Target
     is_host: bool
@@ -93,6 +91,10 @@ class Device(Protocol):
 
     def needed(self, temporaries: Mapping[Key, int]) -> int:
         """Bytes for the temporaries of all programs, as they run here."""
+
+
+class Device(Place, Protocol):
+    """Where an engine runs."""
 
     def run(
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]
@@ -115,6 +117,20 @@ def capability() -> str | None:
     """The default device's compute capability, as "9.0"; None where it has none."""
     found: str | None = getattr(jax.devices()[0], "compute_capability", None)
     return found
+
+
+def gpu_kernels(
+    capability: str | None, config: ModelConfig, page_size: int, dtype: str, asked: Asked
+) -> Kernels | None:
+    """Those of our own that a GPU gets; None: XLA's. Raises `ConfigError` for what cannot be."""
+    heads = config.num_heads, config.num_kv_heads
+    shapes = ModelShapes(*heads, config.head_dim, page_size, dtype)
+    try:
+        choice = choose(capability, shapes, asked)
+    except ValueError as error:
+        raise ConfigError(f"--kernels {asked}: {error}") from None
+    _log.info("kernels: %s (%s)", choice.name, choice.why)
+    return choice.kernels
 
 
 def _asked(engine: EngineConfig) -> Asked:
@@ -235,15 +251,8 @@ class Gpu:
 
     def parts(self, config: ModelConfig, dtype: str) -> Parts:
         """See `Device`; what is recorded must not look at values, as plain XLA's kernels do."""
-        heads = config.num_heads, config.num_kv_heads
-        shapes = ModelShapes(*heads, config.head_dim, self._page_size, dtype)
-        try:
-            choice = choose(capability(), shapes, self._asked)
-        except ValueError as error:
-            raise ConfigError(f"--kernels {self._asked}: {error}") from None
-        _log.info("kernels: %s (%s)", choice.name, choice.why)
-        if choice.kernels is not None:
-            return Parts(choice.kernels, prefill_ratio=2)
+        if kernels := gpu_kernels(capability(), config, self._page_size, dtype, self._asked):
+            return Parts(kernels, prefill_ratio=2)
         if self._backend == Backend.JAX:
             return Parts(xla, prefill_ratio=2)
         return Parts(xla_fixed, prefill_ratio=2, usual_tokens=_USUAL_TOKENS)
@@ -256,14 +265,8 @@ class Gpu:
         return self.needed({key: program.facts.temp_bytes for key, program in compiled})
 
     def needed(self, temporaries: Mapping[Key, int]) -> int:
-        """See `Device`; every recording keeps its own, prompts' on both lanes, and looks for it.
-
-        While it is looked for, twice as much is taken for a moment.
-        """
-        decode, prefill = (
-            sum(_of_kind(temporaries, kind)) for kind in (Program.DECODE, Program.PREFILL)
-        )
-        return _OUTPUT_BYTES + decode + 2 * prefill + max(temporaries.values())
+        """See `Device`."""
+        return recorded_bytes(temporaries)
 
     def run(
         self, ready: Ready, splits: Sequence[Split], told: Callable[[int, int], None]

@@ -100,8 +100,19 @@ def explain(request: ExplainRequest) -> Explanation:
         choices = " or ".join(Attention)
         raise ConfigError(f"--attention {short(request.attention)}: choose {choices}")
     details, budget = _details(request), request.max_num_batched_tokens
-    model, hardware = _model_profile(request), _hardware_profile(request)
-    foresight = Foresight(model, hardware, attention=Attention(request.attention))
+    profiles = _model_profile(request), _hardware_profile(request)
+    return explained(*profiles, details, budget, Attention(request.attention))
+
+
+def explained(
+    model: ModelProfile,
+    hardware: HardwareProfile,
+    details: Details,
+    budget: int,
+    attention: Attention = Attention.FUSED,
+) -> Explanation:
+    """What is foretold of one load, at most `budget` tokens being in a launch."""
+    foresight = Foresight(model, hardware, attention=attention)
     sizes = _sizes(model, budget, len(details.contexts))
     prompt_tokens = sum(left for _, left in details.prompts)
     policy = DuetPolicy(foresight, sizes)
@@ -266,8 +277,8 @@ def _model_profile(request: ExplainRequest) -> ModelProfile:
     if request.model not in names:
         raise ConfigError(
             f"--model {short(request.model)}: no profile of it is shipped, only of"
-            f" {', '.join(names)}; make one by `duetjax compile --model MODEL --gpu NAME --profile"
-            " FILE` and give it as --model-profile FILE"
+            f" {', '.join(names)}; make one by `duetjax compile --model MODEL --gpu NAME --out"
+            " DIR` and give it as --model-profile DIR/model-profile.json"
         )
     return read_model_profile(shipped_file(Kind.MODEL, request.model))
 

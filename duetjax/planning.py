@@ -172,7 +172,7 @@ def _best_profile(engine: EngineConfig, shapes: ModelProfile) -> ModelProfile:
         if differing := _differing(given, shapes):
             raise ConfigError(
                 f"--model-profile {engine.model_profile} is of another model ({differing}); make"
-                " one by `duetjax compile --profile`"
+                " one by `duetjax compile`"
             )
         return replace(given, model=shapes.model)
     if shapes.model in shipped(Kind.MODEL):

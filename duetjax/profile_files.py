@@ -3,7 +3,7 @@
 import importlib.resources
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 
@@ -40,11 +40,19 @@ def read_hardware_profile(file: Path) -> HardwareProfile:
     return _read(HardwareProfile.from_json, file)
 
 
+def by_name(text: str, names: Iterable[str]) -> str | None:
+    """The name that is meant: itself, or the only one that begins so ("h200": "h200-sxm")."""
+    found = [name for name in names if name == text] or [
+        name for name in names if text and name.startswith(f"{text}-")
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def find_hardware(named: str | Path, flag: str) -> HardwareProfile:
     """A shipped profile by its name, any other by its file; `ConfigError` names the flag."""
     names = shipped(Kind.HARDWARE)
-    if named in names:
-        return read_hardware_profile(shipped_file(Kind.HARDWARE, str(named)))
+    if (name := by_name(str(named), names)) is not None:
+        return read_hardware_profile(shipped_file(Kind.HARDWARE, name))
     if not os.path.exists(named):  # unlike Path's, it raises for no name
         raise ConfigError(f"{flag} {named}: neither a file nor one of {', '.join(names)}")
     return read_hardware_profile(Path(named))

@@ -1,13 +1,24 @@
 """How many KV pages fit beside weights and temporaries, and the longest context that leaves."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from duetjax.config import ConfigError, EngineConfig, ModelConfig
+from duetjax.policy.launch import Program
 
 PAGE_STEP = 256
 """Pools are rounded down to a multiple, so that a little more memory is not a new program."""
 
 _HOST_KV_BYTES = 512 * 2**20  # the pool where host memory serves and nothing else was asked for
+_OUTPUT_BYTES = 256 * 2**20  # for what programs put out, and for what XLA's allocator cannot use
+
+# What XLA keeps while a program runs, read off those of eight models compiled for three GPUs.
+_LOGIT_BYTES = 8  # float32 logits of a row, and once more while they are sampled
+_CANDIDATE_BYTES = 96 * 2**10  # the most likely tokens of a row, by blocks of the vocabulary
+_HIDDEN_STATES = 3  # of a token, while its feed-forward part is computed
+_TOKEN_BYTES = 550  # angles, positions and places of a token
+_CHUNKS = 32  # of a row's keys and values, attended to beside each other in decode
+_ROW_BYTES = 50 * 2**10  # a row's queries and their way to the chunks, and their results' back
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +38,47 @@ class DeviceMemory:
     def fixed(self) -> int:
         """Bytes taken before the first page."""
         return self.weights + self.slots + self.temporaries
+
+
+def foreseen_temporaries(
+    model: ModelConfig,
+    value_bytes: int,
+    keys: Iterable[tuple[Program, int]],
+    prefill_rows: int,
+    *,
+    hidden_states: int = _HIDDEN_STATES,
+) -> dict[tuple[Program, int], int]:
+    """Bytes that each program on a GPU will need while it runs, by (program, bucket).
+
+    The largest of what is there at a time: logits while rows are sampled; partial results of
+    attention to long contexts; activations of one layer's feed-forward part. value_bytes: of an
+    activation. prefill_rows: most rows of a prefill program. hidden_states: that XLA keeps of a
+    token beside its feed-forward part: 3 for Hopper, 6 for Ampere. XLA's own numbers of whole
+    models are within 3 % of these (`duetjax compile` prints both).
+    """
+    heads_per_kv = max(8, model.num_heads // model.num_kv_heads)  # kernels take boxes of 8
+    partial = 4 * _CHUNKS * model.num_kv_heads * heads_per_kv * model.head_dim
+    sampling = _LOGIT_BYTES * model.vocab_size + _CANDIDATE_BYTES
+    values = hidden_states * model.hidden_size + 3 * model.intermediate_size
+    width = values * value_bytes + _TOKEN_BYTES
+    found = {}
+    for program, size in keys:
+        rows = size if program is Program.DECODE else min(prefill_rows, size)
+        found[program, size] = max(rows * max(sampling, partial + _ROW_BYTES), size * width)
+    return found
+
+
+def recorded_bytes(temporaries: Mapping[tuple[Program, int], int]) -> int:
+    """Bytes that programs take on a GPU together, by the temporaries of each.
+
+    Every recording keeps its own, prompts' on both lanes, and looks for it; while it is looked for,
+    twice as much is taken for a moment.
+    """
+    kept = sum(
+        size * (2 if program is Program.PREFILL else 1)
+        for (program, _), size in temporaries.items()
+    )
+    return _OUTPUT_BYTES + kept + max(temporaries.values())
 
 
 def kv_bytes(engine: EngineConfig, memory: DeviceMemory, *, on_host: bool) -> int:

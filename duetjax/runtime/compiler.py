@@ -50,4 +50,4 @@ class Compiler:
         facts = facts_of(compiled, time.perf_counter() - started)
         tuned = self._target.mesh is None  # an absent device times no kernels
         self._store.save(key, compiled, facts, tuned)
-        return StoredProgram(compiled, facts, tuned)
+        return StoredProgram(compiled, facts, tuned, is_new=True)

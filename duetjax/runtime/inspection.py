@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,15 @@ class ProgramFacts:
     """What compiling one program showed.
 
     thunks: kinds of the entries of XLA's thunk sequence, in order; empty on a CPU. custom_calls:
-    how often each is called. *_bytes: by XLA's account, alias being what is updated in place,
+    how often each is called. kernels: launches by the schedule; library calls and small copies are
+    among them. *_bytes: by XLA's account, alias being what is updated in place,
     donated what was offered for it. flops, bytes_accessed: XLA's cost analysis, to which custom
-    calls contribute nothing. violations: a sentence for each broken rule.
+    calls contribute nothing; see `counted_kv_bytes`. violations: a sentence for each broken rule.
     """
 
     thunks: tuple[str, ...]
     custom_calls: Mapping[str, int]
+    kernels: int
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
@@ -64,20 +66,21 @@ def inspect_program(lowered: jax.stages.Lowered, target: Target, layout: KVLayou
     memory = compiled.memory_analysis()
     assert memory is not None, f"no memory analysis for {target.name}"
     donated = _donated_bytes(lowered)
-    cost = _cost(compiled)
+    cost = cost_analysis(compiled)
     calls = Counter(each.call_target for each in module if each.opcode == "custom-call")
     in_place = _in_place(memory.alias_size_in_bytes, donated, layout)
     marker = _marker(module, thunks) if target.has_marker else ()
     return ProgramFacts(
         thunks=thunks,
         custom_calls=dict(sorted(calls.items())),
+        kernels=count_kernels(module),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         donated_bytes=donated,
         temp_bytes=memory.temp_size_in_bytes,
         flops=cost["flops"],
-        bytes_accessed=cost["bytes accessed"],
+        bytes_accessed=cost["bytes accessed"] - counted_kv_bytes(module, layout),
         compile_seconds=seconds,
         violations=(*in_place, *_copies(module, layout), *marker, *_control(module)),
     )
@@ -139,7 +142,25 @@ def _donated_bytes(lowered: jax.stages.Lowered) -> int:
     )
 
 
-def _cost(compiled: jax.stages.Compiled) -> Mapping[str, float]:
+def count_kernels(module: Iterable[Instruction]) -> int:
+    """What the entry computation launches, one instruction being one kernel or library call."""
+    return sum(each.is_entry and each.does_something for each in module)
+
+
+def counted_kv_bytes(module: Iterable[Instruction], layout: KVLayout) -> int:
+    """Bytes that XLA counts for KV arrays which a fusion writes a few tokens to: read and written.
+
+    They are no part of what a program moves, and custom calls, which do the same, count nothing.
+    """
+    shape = f"[{','.join(map(str, layout.shape))}]"
+    return sum(
+        2 * each.num_bytes
+        for each in module
+        if each.is_entry and each.opcode == "fusion" and shape in each.result
+    )
+
+
+def cost_analysis(compiled: jax.stages.Compiled) -> Mapping[str, float]:
     """XLA's cost analysis of the optimised module, private to jaxlib and kept here.
 
     `Compiled.cost_analysis` has none for a device that is absent.

@@ -140,7 +140,7 @@ class Programs:
         self.slots = slots
         self.buckets = buckets
         self.target = target
-        self._config = config
+        self.config = config
         self._kernels = kernels
         self._product = product
 
@@ -148,7 +148,7 @@ class Programs:
         """The same programs for another number of KV pages."""
         layout = replace(self.layout, num_pages=num_pages)
         rest = self.slots, self.buckets, self.target, self._kernels, self._product
-        return Programs(self._config, layout, *rest)
+        return Programs(self.config, layout, *rest)
 
     def lowered(self) -> Iterator[tuple[Key | Upkeep, Callable[[], jax.stages.Lowered]]]:
         """Every program's key and how to lower it, the small ones first."""
@@ -254,7 +254,7 @@ class Programs:
         return _Rows(slot, token, position, active, params, limit, tables.page_table[slot])
 
     def _cache(self, kv: Leaves, page: jax.Array, offset: jax.Array) -> PagedKV:
-        return PagedKV(kv, self._config, self._kernels, (page, offset))
+        return PagedKV(kv, self.config, self._kernels, (page, offset))
 
     def _count(self, counts: jax.Array, rows: _Rows) -> jax.Array:
         """Counts the tokens that decoding rows feed: every output token is fed once but the last.

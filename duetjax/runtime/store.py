@@ -70,11 +70,15 @@ class ProgramFacts:
 
 @dataclass(frozen=True, slots=True)
 class StoredProgram:
-    """A program ready to be called. tuned: its kernels were chosen by timing them on the target."""
+    """A program ready to be called. tuned: its kernels were chosen by timing them on the target.
+
+    is_new: this process has compiled it.
+    """
 
     executable: jax.stages.Compiled
     facts: ProgramFacts
     tuned: bool
+    is_new: bool = False
 
 
 class _RefusedError(Exception):

@@ -29,13 +29,13 @@ CUDA_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         "xla_gpu_enable_command_buffer": "",
         "xla_gpu_enable_pdl": False,
-        "xla_gpu_memory_limit_slop_factor": 400,
+        "xla_disable_hlo_passes": "rematerialization",
     }
 )
 """The launcher captures programs itself: no graphs or dependent launches of XLA's own in them.
 
-And memory is planned by us: XLA counts a KV pool that custom calls update in place twice over, and
-with a large one would compute values again, in vain, to make room.
+And memory is planned by us: XLA counts a KV pool that is updated in place twice over, and with one
+that fills the GPU would compute values again, in vain, to make room.
 """
 
 _PLUGIN_SWITCH = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
@@ -181,10 +181,15 @@ def check_options(target: Target) -> None:
         ) from error
 
 
+def gpu_facts(name: str) -> dict[str, Any]:
+    """The numbers of a GPU of presets/gpus, by their names there."""
+    facts = json.loads((_presets_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    return {key: fact["value"] for key, fact in facts.items()}
+
+
 def gpu_description(name: str) -> str:
     """A GPU of presets/gpus as text of XLA's GpuTargetConfigProto."""
-    facts = json.loads((_presets_folder() / f"{name}.json").read_text(encoding="utf-8"))
-    values = {key: fact["value"] for key, fact in facts.items()}
+    values = gpu_facts(name)
     major, minor = values["compute_capability"].rstrip("a").split(".")
     accelerated = values["compute_capability"].endswith("a")
     feature = "ACCELERATED_FEATURES" if accelerated else "NONE"

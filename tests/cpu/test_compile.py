@@ -1,20 +1,27 @@
-"""`duetjax compile --profile`: programs compiled for an absent GPU, their costs written down."""
+"""`duetjax compile`: programs for absent GPUs and for this processor, and what is told of them."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import pytest
-from device_table import HAS_CUDA_WHEELS, WHY_NOT
+from device_table import HAS_CUDA_WHEELS, PAIRS, WHY_NOT, Pair, key_name, read_table
 
-from duetjax import compile_profile
+from duetjax import compile_programs
+from duetjax.absent import hidden_states
+from duetjax.checkpoint.source import resolve_model
 from duetjax.cli import main
+from duetjax.compile_programs import CompiledProgram
+from duetjax.config import EngineConfig
 from duetjax.policy.launch import Program
+from duetjax.policy.memory import foreseen_temporaries, recorded_bytes
 from duetjax.policy.profiles import ModelProfile
 from duetjax.runtime.profile import BUCKETS, FLOPS_TOLERANCE, SAMPLING_FLOPS
+from duetjax.runtime.target import gpu_facts
 
 needs_cuda_wheels = pytest.mark.skipif(not HAS_CUDA_WHEELS, reason=WHY_NOT)
 
@@ -31,7 +38,8 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "torch_dtype": "bfloat16",
 }
-FEW = ("--buckets-decode", "2", "--buckets-prefill", "64")
+FEW = ("--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+FILES = {"model-profile.json", "report.json", "roofline.svg"}
 
 
 def write_model(folder):
@@ -40,22 +48,30 @@ def write_model(folder):
     return folder
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The process that compiled a decode and a prefill program, and the file it wrote."""
-    folder = tmp_path_factory.mktemp("compiled")
-    file = folder / "tiny.json"
-    asked = ["--model", str(write_model(folder / "tiny")), "--gpu", "h200-sxm", "--profile", file]
+def run(*arguments, **environment):
+    """The command in a process of its own, without the settings that tests have."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "duetjax.cli", "compile", *asked, *FEW],
-        env={name: value for name, value in os.environ.items() if not name.startswith("JAX_")},
+        [sys.executable, "-W", "error", "-m", "duetjax.cli", "compile", *map(str, arguments)],
+        env=plain | environment,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(out=done.stdout, err=done.stderr.splitlines(), file=file)
+    *lines, document = done.stdout.splitlines()
+    return SimpleNamespace(lines=lines, document=json.loads(document), log=done.stderr.splitlines())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the process told that compiled a decode and a prefill program, and what it wrote."""
+    folder = tmp_path_factory.mktemp("compiled")
+    asked = ["--model", write_model(folder / "tiny"), "--gpu", "h200", "--out", folder / "out"]
+    told = run(*asked, *FEW)
+    told.out = folder / "out"
+    return told
 
 
 def refused(capsys, *arguments):
@@ -64,11 +80,16 @@ def refused(capsys, *arguments):
     return line.removeprefix("duetjax: error: ")
 
 
+# For a GPU that is not there.
+
+
 @needs_cuda_wheels
 def test_the_profile_holds_what_the_programs_cost(compiled):
-    profile = ModelProfile.from_json(json.loads(compiled.file.read_text()), "tiny.json")
+    text = (compiled.out / "model-profile.json").read_text()
+    profile = ModelProfile.from_json(json.loads(text), "tiny.json")
     assert (profile.model, profile.compiled_for, profile.dtype_bytes) == ("tiny", "h200-sxm", 2)
     assert (profile.num_layers, profile.num_heads, profile.head_dim) == (1, 4, 64)
+    assert (profile.vocab_size, profile.shards) == (8192, 1)
     assert set(profile.costs) == {(Program.DECODE, 2), (Program.PREFILL, 64)}
     layer = 256 * 64 * (2 * 4 + 2 * 2) + 3 * 256 * 512
     head = 256 * 8192
@@ -84,46 +105,114 @@ def test_the_profile_holds_what_the_programs_cost(compiled):
 
 @needs_cuda_wheels
 def test_each_program_is_told_as_it_is_done(compiled):
-    assert [line for line in compiled.err if "decode 2: " in line and "1/2" in line]
-    assert [line for line in compiled.err if "prefill 64: " in line and "2/2" in line]
-    assert compiled.out == f"wrote {compiled.file}: 2 programs of tiny for h200-sxm\n"
+    assert [line for line in compiled.log if "decode 2: " in line and "1/2" in line]
+    assert [line for line in compiled.log if "prefill 64: " in line and "2/2" in line]
 
 
 @needs_cuda_wheels
-def test_nothing_is_left_beside_the_file(compiled):
-    assert sorted(file.name for file in compiled.file.parent.iterdir()) == ["tiny", "tiny.json"]
+def test_programs_memory_and_predictions_are_told(compiled):
+    programs = compiled.document["programs"]
+    assert set(programs) == {"decode 2", "prefill 64"}
+    assert all(each["kernels"] > 20 and each["violations"] == [] for each in programs.values())
+    rows = [line.split() for line in compiled.lines]
+    [decode] = [row for row in rows if row[:2] == ["decode", "2"]]
+    assert int(decode[-2]) == programs["decode 2"]["kernels"]
+    memory = compiled.document["memory"]["needed"]
+    layer = 256 * (512 + 256 + 1024 + 512) + 2 * 256
+    assert memory["weights"] == 2 * (layer + 256 + 2 * 8192 * 256)
+    assert memory["sum"] == memory["weights"] + memory["slots"] + memory["temporaries"]
+    assert [each["decode_cores"] for each in compiled.document["predicted_splits"]][:2] == [8, 16]
+    assert set(compiled.document["predicted_ttft_ms"]) == {"128", "512", "2048"}
+    assert [line for line in compiled.lines if line.startswith("duet: ")]
+
+
+@needs_cuda_wheels
+def test_the_files_of_the_folder_are_whole(compiled):
+    assert {file.name for file in compiled.out.iterdir()} == FILES
+    assert json.loads((compiled.out / "report.json").read_text()) == compiled.document
+    picture = (compiled.out / "roofline.svg").read_text()
+    assert "decode programs" in picture
+    assert picture.rstrip().endswith("</svg>")
 
 
 @needs_cuda_wheels
 def test_explain_reads_what_was_written(compiled, capsys):
     load = ["--prefill", "64", "--decode", "2x100", "--gpu", "h200-sxm"]
-    assert main(["explain", "--model-profile", str(compiled.file), *load]) == 0
+    file = compiled.out / "model-profile.json"
+    assert main(["explain", "--model-profile", str(file), *load]) == 0
     out = capsys.readouterr().out
     assert out.startswith("tiny on h200-sxm, 132 cores")
     assert "model derived (compiled for h200-sxm)" in out
 
 
-def test_without_lists_all_the_usual_buckets_are_meant(tmp_path):
-    request = compile_profile.ProfileRequest("tiny", "h200-sxm", tmp_path / "a.json")
-    assert compile_profile._buckets(request) == BUCKETS
+@needs_cuda_wheels
+def test_a_shard_has_its_part_of_matrices_heads_and_vocabulary(tmp_path):
+    model = write_model(tmp_path / "tiny")
+    out = tmp_path / "out"
+    told = run("--model", model, "--gpu", "h200", "--tensor-parallel", "2", "--out", out, *FEW)
+    profile = ModelProfile.from_json(json.loads((out / "model-profile.json").read_text()), "")
+    assert (profile.shards, profile.num_heads, profile.num_kv_heads) == (2, 2, 1)
+    assert (profile.hidden_size, profile.vocab_size) == (256, 8192)
+    products = 2 * 2 * (256 * 64 * (2 * 2 + 2 * 1) + 3 * 256 * 256 + 256 * 4096)
+    flops = profile.costs[Program.DECODE, 2].flops
+    assert products < flops < products * (1 + FLOPS_TOLERANCE) + SAMPLING_FLOPS * 2 * 4096
+    assert told.lines[0] == "tiny for h200-sxm, one of 2 GPUs' share"
 
 
-def test_a_list_is_sorted_and_there_are_as_many_slots_as_its_largest(tmp_path):
-    asked = {"decode": [32, 4, 4, 8], "prefill": [512, 64]}
-    request = compile_profile.ProfileRequest("tiny", "h200-sxm", tmp_path / "a.json", **asked)
-    buckets = compile_profile._buckets(request)
-    assert (buckets.decode, buckets.prefill, buckets.prefill_rows) == ((4, 8, 32), (64, 512), 32)
+# For this machine.
+
+
+def test_what_is_compiled_here_is_in_the_store_and_not_compiled_again(tmp_path):
+    asked = ["--gpu", "local", "--max-num-seqs", "2", "--max-num-batched-tokens", "64"]
+    first = run(*asked, DUETJAX_CACHE_DIR=str(tmp_path))
+    assert not any(each["was_stored"] for each in first.document["programs"].values())
+    again = run(*asked, "--hardware-profile", "cpu-2-cores", DUETJAX_CACHE_DIR=str(tmp_path))
+    assert all(each["was_stored"] for each in again.document["programs"].values())
+    assert "predicted_mixed_ms" not in first.document
+    assert again.document["predicted_mixed_ms"] > 0
+    assert "nothing is foretold without --hardware-profile" in first.lines[-1]
+
+
+# Memory by arithmetic.
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_memory_foreseen_without_compiling_is_what_programs_need(names):
+    """By the table of what XLA said of whole models; 2 % of all that is taken before KV pages."""
+    pair, table = Pair(*names), read_table()["programs"][" ".join(names)]
+    config = resolve_model(pair.model, load_format="dummy").config
+    needed = {key: table[key_name(key)]["temp_bytes"] for key in BUCKETS}
+    states = hidden_states(gpu_facts(pair.gpu)["compute_capability"])
+    rows = BUCKETS.prefill_rows
+    foreseen = foreseen_temporaries(config, 2, BUCKETS, rows, hidden_states=states)
+    for key, size in needed.items():
+        assert foreseen[key] == pytest.approx(size, rel=0.03), key
+    weights = 2 * config.num_parameters
+    total = weights + recorded_bytes(needed)
+    assert weights + recorded_bytes(foreseen) == pytest.approx(total, rel=0.005)
+
+
+def test_partial_results_of_long_contexts_count_where_the_vocabulary_is_small():
+    config = resolve_model("mistral-7b-v0.3", load_format="dummy").config
+    key = (Program.DECODE, 64)
+    assert foreseen_temporaries(config, 2, [key], 64)[key] == pytest.approx(71_124_992, rel=0.02)
+
+
+# Refusals.
 
 
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        ({"--model": "no/such/model"}, "no such folder, not a preset (llama-3.1-8b,"),
-        ({"--gpu": "h900"}, "unknown GPU 'h900'; known are a100-sxm-80gb, h100-sxm, h200-sxm"),
-        ({"--buckets-decode": "1"}, "--buckets-decode 1: give numbers from 2 to 4096"),
-        ({"--buckets-prefill": "100000"}, "--buckets-prefill 100000: give numbers from 2 to"),
-        ({"--profile": "nowhere/a.json"}, "is no folder to write to; make it first"),
-        ({"--profile": "."}, "is a folder; name a file in it"),
+        ({"--model": "no/such/model"}, "no such folder, not a preset (llama-3.1-70b,"),
+        ({"--gpu": "h900"}, "--gpu h900: choose local, a100-sxm-80gb, h100-sxm, h200-sxm"),
+        ({"--gpu": "h"}, "--gpu h: choose local"),
+        ({"--tensor-parallel": "0"}, "--tensor-parallel 0 must be at least 1"),
+        ({"--tensor-parallel": "3"}, "32 heads on 8 KV heads cannot be divided among 3"),
+        ({"--tensor-parallel": "2", "--gpu": "local"}, "one GPU serves; name an absent one"),
+        ({"--max-num-seqs": "0"}, "--max-num-seqs"),
+        ({"--hardware-profile": "none"}, "--hardware-profile none: neither a file nor one of"),
+        ({"--out": "file/below"}, "--out file/below: Not a directory; name another folder"),
     ],
     ids=str,
 )
@@ -131,10 +220,11 @@ def test_what_cannot_be_compiled_is_refused_before_anything_is(
     changed, complaint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    usual = {"--model": "llama-3.1-8b", "--gpu": "h200-sxm", "--profile": "a.json"}
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compile_programs, "plan_programs", None)
+    usual = {"--model": "llama-3.1-8b", "--gpu": "h200-sxm"}
     arguments = [text for pair in (usual | changed).items() for text in pair]
     assert complaint in refused(capsys, *arguments)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_plugin_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -142,41 +232,47 @@ def test_without_the_plugin_one_line_says_what_to_install(tmp_path, monkeypatch,
         raise NotImplementedError
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
-    model = write_model(tmp_path / "tiny")
-    asked = ["--model", model, "--gpu", "h200-sxm", "--profile", tmp_path / "a.json"]
-    line = refused(capsys, *asked, *FEW)
+    line = refused(capsys, "--model", write_model(tmp_path / "tiny"), "--gpu", "h200-sxm", *FEW)
     assert f"pip install jax-cuda13-plugin=={jax.__version__}" in line
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path, monkeypatch, capsys):
-    """The last moment: everything is compiled, and the file cannot be written."""
+def test_a_full_disk_leaves_the_old_files_and_no_part_of_new_ones(tmp_path, monkeypatch, capsys):
+    """The last moment: everything is compiled, and the files cannot be written."""
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    file = tmp_path / "a.json"
-    file.write_text("old")
+    (tmp_path / "model-profile.json").write_text("old")
     monkeypatch.setattr("pathlib.Path.write_text", full)
+    found = CompiledProgram(1e12, 1e9, 10**6, 5, 0.1, was_stored=False)
     monkeypatch.setattr(
-        compile_profile, "inspect_program", lambda *_: SimpleNamespace(compile_seconds=0.0)
+        compile_programs,
+        "_compiled",
+        lambda programs, *_, **__: dict.fromkeys(programs.buckets, found),
     )
-    profile = SimpleNamespace(
-        costs={key: SimpleNamespace(flops=1, bytes=1) for key in BUCKETS}, to_json=dict
-    )
-    monkeypatch.setattr(compile_profile, "model_profile", lambda *_: profile)
-    monkeypatch.setattr(compile_profile, "absent_gpu", lambda name: SimpleNamespace(name=name))
-    programs = SimpleNamespace(lower=lambda key: None, layout=None)
-    monkeypatch.setattr(compile_profile, "absent_programs", lambda *_: programs)
-    asked = ["--model", "llama-3.1-8b", "--gpu", "h200-sxm", "--profile", file]
-    assert f"--profile {file}: No space left on device" in refused(capsys, *asked)
-    assert file.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [file]
+    monkeypatch.setenv("DUETJAX_CACHE_DIR", str(tmp_path / "cache"))
+    line = refused(capsys, "--gpu", "local", "--out", tmp_path)
+    assert line == f"--out {tmp_path}: No space left on device; name another folder"
+    assert (tmp_path / "model-profile.json").read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["model-profile.json"]
 
 
-def test_the_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["compile", "--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    for flag in ("model", "gpu", "profile", "buckets-decode", "buckets-prefill"):
-        assert f"--{flag}" in text
+def test_serve_says_in_one_line_that_one_gpu_serves(capsys):
+    assert main(["serve", "--tensor-parallel", "2"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        "duetjax: error: --tensor-parallel 2: DuetJAX serves on one GPU; leave it out, or see what"
+        " several would do with duetjax compile, simulate or plan"
+    )
+
+
+# Sizes that were left open.
+
+
+def test_an_absent_gpu_is_taken_for_a_large_one_and_this_machine_gets_what_serve_compiles():
+    usual = EngineConfig()
+    assert compile_programs.engine_for("local", None, None, {}) == usual
+    large = replace(usual, max_num_seqs=256, max_num_batched_tokens=8192)
+    assert compile_programs.engine_for("h200", None, None, {}) == large
+    asked = compile_programs.engine_for("h200", 8, 64, {"page_size": 16})
+    assert (asked.max_num_seqs, asked.max_num_batched_tokens, asked.page_size) == (8, 64, 16)

@@ -7,7 +7,7 @@ import pytest
 from golden import tiny
 
 from duetjax import devices
-from duetjax.build_device import _plan
+from duetjax.build_device import plan_programs
 from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, PolicyName
 from duetjax.devices import Gpu, Ready, find_device
 from duetjax.planning import Profiles, wanted_splits
@@ -37,7 +37,7 @@ def gpu(monkeypatch):
 
 
 def plan(device, **engine):
-    return _plan(MODEL, EngineConfig(**{**SMALL, **engine}), device)
+    return plan_programs(MODEL, EngineConfig(**{**SMALL, **engine}), device)
 
 
 class StandIn:

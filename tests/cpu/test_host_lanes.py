@@ -22,7 +22,7 @@ from lane_programs import (
     prompt_launch,
 )
 
-from duetjax.build_device import _plan
+from duetjax.build_device import plan_programs
 from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from duetjax.devices import find_device
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, SlotParams, Split, pack
@@ -376,7 +376,7 @@ def planned(caplog, backend=Backend.AUTO, **changes):
         backend=backend, kv_cache_memory_bytes=1 << 22, max_num_seqs=4, max_model_len=64
     )
     with caplog.at_level(logging.WARNING):
-        programs, _, plan = _plan(model, engine, find_device(engine))
+        programs, _, plan = plan_programs(model, engine, find_device(engine))
     assert programs.layout == plan.layout
     return plan.layout.in_pool, caplog.messages
 

@@ -7,10 +7,12 @@ import pytest
 from device_table import HAS_CUDA_WHEELS, WHY_NOT, key_name, read_table, versions
 
 from duetjax.checkpoint.source import resolve_model
+from duetjax.model.kv_pages import KVLayout
 from duetjax.policy.launch import Program
+from duetjax.policy.shape_profile import shape_profile
 from duetjax.runtime.inspection import inspect_program
-from duetjax.runtime.profile import PAGE_SIZE, absent_programs
-from duetjax.runtime.target import absent_gpu
+from duetjax.runtime.profile import BUCKETS, PAGE_SIZE, absent_programs, model_profile
+from duetjax.runtime.target import absent_gpu, gpu_facts
 from pallas_kernels.choice import Asked, ModelShapes, choose
 from pallas_kernels.triton_gpu import missing_package
 
@@ -55,3 +57,21 @@ def test_a_program_with_its_own_kernels_can_be_replayed_and_needs_no_more_memory
     if table["versions"] == versions():  # another compiler needs other memory
         without = table["programs"][f"{NAME} {gpu}"][key_name(key)]  # kernels, and all layers
         assert facts.temp_bytes <= 1.01 * without["temp_bytes"]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=key_name)
+def test_kv_pages_that_fill_the_gpu_make_xla_compute_nothing_again(key):
+    """It counts them twice, and to make room would rather do products twice as well."""
+    target = absent_gpu("h200-sxm")
+    page_bytes = KVLayout.of(MODEL, 1, PAGE_SIZE, MODEL.dtype).page_bytes
+    pages = gpu_facts("h200-sxm")["device_memory_size"] * 9 // 10 // page_bytes
+    programs = absent_programs(MODEL, target, num_pages=pages, kernels=choice("h200-sxm").kernels)
+    facts = inspect_program(programs.lower(key), target, programs.layout)
+    assert facts.violations == ()
+    profile = model_profile(NAME, MODEL, programs, {key: facts})  # refuses more FLOPs
+    assert profile.costs[key].bytes < 2 * shape_bytes(key)
+
+
+def shape_bytes(key):
+    keys = [(Program.DECODE, 64), (Program.PREFILL, 2048)]
+    return shape_profile(NAME, MODEL, 2, keys, BUCKETS.prefill_rows).costs[key].bytes

@@ -13,7 +13,7 @@ from golden import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duetjax.build_device import _plan
+from duetjax.build_device import plan_programs
 from duetjax.config import Backend, EngineConfig, ModelConfig
 from duetjax.devices import find_device
 from duetjax.model import layers
@@ -178,7 +178,7 @@ def test_a_model_says_the_same_with_either_product(name, dtype):
 def test_the_lanes_decode_program_has_these_products_and_no_other(backend):
     config = ModelConfig.from_hf(tiny.CONFIGS["llama-biases"])
     engine = EngineConfig(backend=backend, max_num_seqs=4, max_model_len=64)
-    programs, _, _ = _plan(config, engine, find_device(engine))
+    programs, _, _ = plan_programs(config, engine, find_device(engine))
     text = programs.lower((Program.DECODE, 4)).as_text()
     in_lanes = backend is Backend.LANES
     assert text.count(f"@{CALL}") == (4 * config.num_layers + 1 if in_lanes else 0)

@@ -134,6 +134,7 @@ def test_a_preset_without_dummy_weights_names_where_the_real_ones_are():
 # Parameter counts as the models' cards and safetensors files state them.
 PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "mistral-7b-v0.3": 7_248_023_552,
@@ -180,7 +181,7 @@ def test_what_cannot_be_a_hub_id_is_refused_with_the_three_things_tried(model):
         assert "config.json" in refused(model)
         return
     message = refused(model)
-    assert "no such folder, not a preset (llama-3.1-8b, " in message
+    assert "no such folder, not a preset (llama-3.1-70b, " in message
     assert "not a hub id of the form org/name" in message
 
 

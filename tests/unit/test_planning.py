@@ -148,7 +148,7 @@ def test_a_file_of_another_model_says_what_differs(tmp_path):
     file = written(tmp_path, OTHER)
     with pytest.raises(ConfigError, match="num_layers 33, not 32") as caught:
         read_profiles(config(model_profile=file), SHAPES)
-    assert "duetjax compile --profile" in str(caught.value)
+    assert "duetjax compile" in str(caught.value)
 
 
 # Which hardware profile.
@@ -175,7 +175,7 @@ def test_a_policy_that_foretells_names_the_profiles_there_are(policy):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["h200", "", "x" * 5000, "a\0b", "/nowhere/at/all.json"])
+@pytest.mark.parametrize("name", ["h20", "", "x" * 5000, "a\0b", "/nowhere/at/all.json"])
 def test_a_hardware_profile_that_is_none_is_refused(name):
     with pytest.raises(ConfigError):
         read_profiles(config(hardware_profile=name), SHAPES)

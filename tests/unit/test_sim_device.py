@@ -30,10 +30,12 @@ ENGINE = EngineConfig(
     max_num_seqs=4, max_num_batched_tokens=16, page_size=16, gpu_memory_utilization=1.0
 )
 SLOTS = 4 * 1000 * 2
-# Of a step of 4 rows, 12 bytes of each logit; of 16 tokens, 2 x 64 + 512 values of 2 bytes. Twice
-# for programs of halving sizes, and prompts' on both lanes.
-LOGITS, CHUNK = 4 * 1000 * 12, 16 * 640 * 2
-TEMPORARIES = 2 * (CHUNK + 2 * LOGITS) * 2 + 2 * LOGITS
+# A sampled row: 8 bytes of each logit and 96 KiB of candidates, more than attention's parts and a
+# token's 3 x (64 + 128) values and 550 bytes. Programs of 2 and 4 rows, and of 16 tokens with 4
+# rows on both lanes, and the largest once more: 2 + 4 + 2 x 4 + 4 rows. And 256 MiB for outputs.
+TEMPORARIES = 2**28 + 18 * (8 * 1000 + 96 * 1024)
+HALF = 2**28 + 18 * (8 * 500 + 96 * 1024)
+QUARTER = 2**28 + 18 * (8 * 250 + 96 * 1024)
 PAGE = 2 * 2 * 2 * 16 * 16 * 2  # layers, keys and values, KV heads, tokens, head_dim, bytes
 
 
@@ -52,7 +54,7 @@ def with_pool(pool, engine=ENGINE):
 
 
 def test_pages_fill_what_weights_slots_and_temporaries_leave():
-    assert WEIGHTS + SLOTS + TEMPORARIES == 974_016
+    assert WEIGHTS + SLOTS + TEMPORARIES == 270_761_024
     limits = with_pool(250 * PAGE + PAGE - 1).limits
     assert (limits.num_pages, limits.page_size, limits.max_model_len) == (250, 16, 1024)
 
@@ -74,8 +76,7 @@ def test_only_the_share_that_may_be_used_counts():
 
 def test_wider_numbers_take_twice_the_room():
     wide = replace(ENGINE, dtype="float32")
-    temporaries = 2 * (2 * CHUNK + 2 * LOGITS) * 2 + 2 * LOGITS
-    memory = 2 * WEIGHTS + SLOTS + temporaries + 100 * 2 * PAGE
+    memory = 2 * WEIGHTS + SLOTS + TEMPORARIES + 100 * 2 * PAGE
     assert on(memory, wide).limits.num_pages == 100
     assert on(memory, wide).model.dtype_bytes == 4
 
@@ -104,7 +105,8 @@ def test_what_does_not_fit_names_a_flag_in_one_line(pool, changes, named):
 
 
 def test_devices_that_share_a_model_have_a_part_of_it_and_of_its_heads():
-    fixed = WEIGHTS // 2 + SLOTS + TEMPORARIES // 2
+    a_layer = 64 * 64 + 32 * 64 + 128 * 64 + 64 * 64 + 2 * 64  # norms are everybody's
+    fixed = 2 * (2 * a_layer + 64 + 2 * 500 * 64) + SLOTS // 2 + HALF
     device = on(fixed + 100 * PAGE // 2, shards=2)
     whole = with_pool(100 * PAGE)
     assert device.limits.num_pages == whole.limits.num_pages == 100
@@ -114,7 +116,8 @@ def test_devices_that_share_a_model_have_a_part_of_it_and_of_its_heads():
 
 
 def test_a_kv_head_is_not_divided_so_more_devices_keep_as_many_pages():
-    fixed = WEIGHTS // 4 + SLOTS + TEMPORARIES // 4
+    a_layer = 48 * 64 + 16 * 64 + 64 * 64 + 32 * 64 + 2 * 64
+    fixed = 2 * (2 * a_layer + 64 + 2 * 250 * 64) + SLOTS // 4 + QUARTER
     device = on(fixed + 100 * PAGE // 2, shards=4)
     assert device.limits.num_pages == 100
     assert (device.model.num_heads, device.model.num_kv_heads) == (1, 1)
