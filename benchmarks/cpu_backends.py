@@ -32,7 +32,8 @@ import numpy as np
 from checkout import commit
 from cpu_backends_engines import ENGINES, MOST_STREAMS
 from cpu_backends_model import MAX_LEN, VOCAB, random_tensors, write_folder, write_gguf
-from cpu_profile import processor
+
+from duetjax.runtime.host_rates import processor
 
 GOAL = 0.8
 WORKER = Path(__file__).with_name("cpu_backends_engines.py")

@@ -148,7 +148,7 @@ def slices() -> list[dict[str, object]]:
     if capability is None:
         print("no GPU to time parts of")
         return []
-    from kernel_slices import Slices, marked
+    from duetjax.runtime.slices import Slices, marked
 
     rows = []
     with Slices(SLICES) as parts:

@@ -5,25 +5,27 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from duetjax.checkpoint.dummy import dummy_weights
 from duetjax.checkpoint.source import LoadFormat, ModelSource, check_context
 from duetjax.checkpoint.weights import read_weights
 from duetjax.config import EngineConfig, ModelConfig
-from duetjax.devices import Device, Parts, Ready, find_device
+from duetjax.devices import Device, Parts, Place, Ready, Runner, find_device
 from duetjax.engine import EngineClient
-from duetjax.planning import make_planning, read_profiles, wanted_splits
+from duetjax.planning import Profiles, make_planning, read_profiles, wanted_splits
 from duetjax.policy.limits import SchedulerLimits, decode_buckets, prefill_buckets
 from duetjax.policy.memory import DeviceMemory, check_free, kv_bytes
+from duetjax.policy.profiles import ModelProfile
 from duetjax.policy.scheduler import Scheduler
 from duetjax.policy.shape_profile import shape_profile
+from duetjax.progress import progress_bar
 from duetjax.runtime import compilations
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.measured_profile import measured_profile
@@ -38,7 +40,42 @@ _log = logging.getLogger(__name__)
 def build_engine(
     source: ModelSource, engine: EngineConfig, *, load_format: str = "auto"
 ) -> tuple[EngineClient, MemoryPlan]:
-    """An engine that has its weights and programs and waits for `start`.
+    """An engine that has its weights and programs and waits for `start`; see `prepare`."""
+    ready = prepare(source, engine, load_format=load_format)
+    profiles, executor = ready.profiles, ready.executor
+    if profiles is not None and profiles.model is ready.shapes:
+        measured = measured_profile(ready.shapes, executor, profiles.hardware)
+        profiles = replace(profiles, model=measured)
+    device, limits = ready.device, ready.limits
+    planning = make_planning(engine, profiles, limits, ready.calibrations, device.splits)
+    client = EngineClient(
+        Scheduler(limits, planning.policy, planning.pace),
+        executor,
+        vocab_size=source.config.vocab_size,
+        on_close=planning.close,
+        rung=device.rung,
+    )
+    return client, ready.plan
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What runs launches, and what is known of it. shapes: what the programs cost by their shapes.
+
+    calibrations: the folder where what launches teach is kept.
+    """
+
+    device: Device
+    plan: MemoryPlan
+    limits: SchedulerLimits
+    shapes: ModelProfile
+    profiles: Profiles | None
+    executor: Runner
+    calibrations: Path
+
+
+def prepare(source: ModelSource, engine: EngineConfig, *, load_format: str = "auto") -> Prepared:
+    """An engine's device with its weights and programs, before there is a scheduler.
 
     In this order: plan memory, read profiles, load weights, compile (or find) every program,
     allocate.
@@ -46,7 +83,7 @@ def build_engine(
     compilations.install()
     store = default_folder()
     device = find_device(engine)
-    programs, memory, plan = _plan(source.config, engine, device)
+    programs, memory, plan = plan_programs(source.config, engine, device)
     _log.info(
         "max_model_len %d; %d KV pages of %d tokens",
         plan.max_model_len,
@@ -62,22 +99,12 @@ def build_engine(
     ready = _compile(programs, device, memory, engine, leaves, ProgramStore(store))
     with _GraphBar() as bar:
         executor = device.run(ready, wanted_splits(engine, profiles), bar.show)
-    if profiles is not None and profiles.model is shapes:
-        profiles = replace(profiles, model=measured_profile(shapes, executor, profiles.hardware))
     calibrations = store.with_name("calibrations")
-    planning = make_planning(engine, profiles, limits, calibrations, device.splits)
-    client = EngineClient(
-        Scheduler(limits, planning.policy, planning.pace),
-        executor,
-        vocab_size=source.config.vocab_size,
-        on_close=planning.close,
-        rung=device.rung,
-    )
-    return client, plan
+    return Prepared(device, plan, limits, shapes, profiles, executor, calibrations)
 
 
-def _plan(
-    config: ModelConfig, engine: EngineConfig, device: Device
+def plan_programs(
+    config: ModelConfig, engine: EngineConfig, device: Place
 ) -> tuple[Programs, DeviceMemory, MemoryPlan]:
     """The programs to compile and the memory they will serve from, before any of it is taken."""
     dtype = config.dtype if engine.dtype == "auto" else engine.dtype
@@ -131,7 +158,7 @@ class _GraphBar:
     def show(self, count: int, total: int) -> None:
         """So many of them are built."""
         if count == 1:
-            bar = tqdm(total=total, desc="graphs", unit="graph", disable=None)
+            bar = progress_bar(total, "graphs", "graph")
             self._bar = self._open.enter_context(bar)
         self._bar.update()
 
@@ -177,8 +204,7 @@ def _load_weights(
     total = sum(math.prod(shape) for shape in fusion.shapes.values()) * dtype.itemsize
     weights = {}
     _log.info("loading weights: %.1f MB in %s", total / 1e6, dtype)
-    bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None)
-    with bar:
+    with progress_bar(total, "loading weights", "B") as bar:
         for name, leaf in fusion.fuse(tensors):
             weights[name] = jax.device_put(leaf.copy() if on_host else leaf)
             bar.update(leaf.nbytes)
@@ -198,7 +224,7 @@ def _compile(
     compiler = Compiler(programs.target, store)
     executables, temporaries = {}, {}
     _log.info("preparing %d programs", count)
-    with tqdm(total=count, desc="programs", unit="program", disable=None) as bar:
+    with progress_bar(count, "programs", "program") as bar:
         for key, program in compiler.compile(programs.lowered()):
             executables[key] = program.executable
             if isinstance(key, tuple):

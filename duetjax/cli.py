@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,11 +18,13 @@ from duetjax.log_lines import log_to_stderr
 from duetjax.serve.limits import OFFLINE, Limits
 
 if TYPE_CHECKING:
+    from duetjax.bench import InProcess
     from duetjax.build import LoadedModel
     from duetjax.engine import Engine
     from duetjax.serve.context import Service
 
 _CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
+_OF_ANY_BENCH = ("model", "seed", "tbt_slo_ms")  # flags of an engine that others have too
 _POLICIES = ", ".join(PolicyName)
 _EPILOG = "With no --model, duetjax uses the small demo checkpoint that ships with it."
 
@@ -102,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the engine in the server's own process",
     )
+    serve.add_argument(
+        *("--tensor-parallel", "--tensor-parallel-size"),
+        type=int,
+        default=1,
+        help=argparse.SUPPRESS,
+    )
     _add_limit_flags(serve)
     _add_engine_flags(serve)
     serve.set_defaults(run=_serve)
@@ -120,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_explain(commands)
     _add_compile(commands)
+    _add_profile(commands)
     _add_simulate(commands)
     _add_plan(commands)
 
@@ -132,13 +141,20 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench = commands.add_parser(
         "bench", help="load an endpoint, and tell what its clients saw; flags as vllm bench serve"
     )
+    bench.add_argument(
+        "--in-process", action="store_true", help="load an engine here instead, without HTTP"
+    )
     bench.add_argument("--base-url", default="http://127.0.0.1:8000", help="default: %(default)s")
     bench.add_argument(
         "--endpoint", default="/v1/completions", help="default: %(default)s; /v1/chat/completions"
     )
     bench.add_argument("--api-key", help="bearer token; default: OPENAI_API_KEY's")
-    bench.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE", help="more headers")
-    bench.add_argument("--model", help="name in the API; default: the first that is served")
+    bench.add_argument("--header", nargs="+", default=(), metavar="NAME=VALUE", help="more headers")
+    bench.add_argument(
+        "--model",
+        help="name in the API, default: the first that is served; in process what to load,"
+        " default: the demo",
+    )
     load = bench.add_argument_group("load")
     load.add_argument(
         "--trace",
@@ -164,7 +180,6 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     load.add_argument("--duration", type=float, metavar="S", help="only so much of the trace")
     load.add_argument("--start", type=float, default=0.0, metavar="S", help="from there on")
-    load.add_argument("--seed", type=int, default=0)
     load.add_argument("--num-warmups", type=int, default=0, metavar="N", help="sent before")
     load.add_argument(
         "--ignore-eos",
@@ -176,7 +191,6 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     load.add_argument("--extra-body", metavar="JSON", help="fields of every request")
     load.add_argument("--request-timeout-s", type=float, default=600.0, metavar="S")
     result = bench.add_argument_group("result")
-    result.add_argument("--tbt-slo-ms", type=float, default=50.0, help="default: 50")
     result.add_argument("--ttft-slo-ms", type=float, default=1000.0, help="default: 1000")
     result.add_argument(
         "--goodput", nargs="+", default=[], metavar="NAME:MS", help="of ttft, tpot, e2el"
@@ -193,6 +207,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     result.add_argument("--save-result", action="store_true", help="write it to a file")
     result.add_argument("--save-detailed", action="store_true", help="request by request")
     result.add_argument("--result-filename", type=Path, metavar="FILE")
+    _add_engine_flags(bench, "with --in-process (--seed and --tbt-slo-ms: always)")
     bench.set_defaults(run=_bench)
 
 
@@ -231,18 +246,40 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     compile_ = commands.add_parser(
-        "compile", help="compile a model for a GPU that need not be there, and profile it"
+        "compile", help="compile a model, here or for a GPU that need not be there, and foretell it"
     )
     compile_.add_argument("--model", help="preset name, folder or hub id; default: the demo")
-    compile_.add_argument("--gpu", required=True, metavar="NAME", help="any name lists the known")
     compile_.add_argument(
-        "--profile", type=Path, required=True, metavar="FILE", help="where to write what it costs"
+        "--gpu",
+        required=True,
+        metavar="NAME",
+        help="local: this machine's device, into the store; or h200, h100, a100, l40s",
     )
-    for kind, unit in (("decode", "rows"), ("prefill", "tokens")):
-        compile_.add_argument(
-            f"--buckets-{kind}", type=int, nargs="+", metavar="N", help=f"{unit} of its programs"
-        )
-    compile_.set_defaults(run=_compile)
+    compile_.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="one of N GPUs' share"
+    )
+    compile_.add_argument(
+        "--out", type=Path, metavar="DIR", help="write model profile, report and picture there"
+    )
+    _add_engine_flags(compile_)
+    compile_.set_defaults(run=_compile, max_num_seqs=None, max_num_batched_tokens=None)
+
+
+def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="time the device and a model on it, and fit what foretells launches",
+        epilog=_EPILOG,
+    )
+    profile.add_argument("--model", help="folder, preset name or hub id; weights may be dummy")
+    profile.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to write; default: profile-HARDWARE-MODEL"
+    )
+    profile.add_argument(
+        "--minutes", type=float, default=5.0, help="beside loading and compiling; default: 5"
+    )
+    _add_engine_flags(profile)
+    profile.set_defaults(run=_profile, load_format="dummy")
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -344,9 +381,9 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+def _add_engine_flags(parser: argparse.ArgumentParser, title: str = "model and engine") -> None:
     default = EngineConfig()
-    group = parser.add_argument_group("model and engine")
+    group = parser.add_argument_group(title)
     group.add_argument("--tokenizer", help="folder of the tokenizer, if not the model's")
     group.add_argument("--chat-template", type=Path, help="file with a template of your own")
     group.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
@@ -543,6 +580,11 @@ def _serve(args: argparse.Namespace) -> int:
     from duetjax.serve.server import HttpServer, bind
 
     signal.signal(signal.SIGTERM, _end_by_signal)  # until the server drains on it
+    if args.tensor_parallel != 1:
+        raise ConfigError(
+            f"--tensor-parallel {args.tensor_parallel}: DuetJAX serves on one GPU; leave it out, or"
+            " see what several would do with duetjax compile, simulate or plan"
+        )
     if args.model and args.model_flag:
         raise ConfigError("name the model once: as an argument or with --model")
     if not args.host:
@@ -682,13 +724,34 @@ def _explain(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from duetjax import bench as command
 
-    report = command.bench(_fields_of(command.BenchRequest, args))
+    report = command.bench(_fields_of(command.BenchRequest, args), _in_process(args))
     for line in command.lines(report):
         print(line)
     print(json.dumps(report.document))
     if report.was_stopped:
         return 130
     return 0 if report.has_answers else 1
+
+
+def _in_process(args: argparse.Namespace) -> "InProcess | None":
+    """The engine to load, where there is to be one. Raises `ConfigError`."""
+    from duetjax.bench import InProcess
+    from duetjax.build import ModelRequest, load
+
+    if not args.in_process:
+        for name, usual in (asdict(ModelRequest()) | asdict(EngineConfig())).items():
+            if name not in _OF_ANY_BENCH and getattr(args, name) != usual:
+                raise ConfigError(f"{flag(name)} needs --in-process; give that too")
+        return None
+    request, engine = _fields_of(ModelRequest, args), EngineConfig(**_engine_settings(args))
+
+    @contextmanager
+    def loaded() -> Iterator["LoadedModel"]:
+        model = load(request, engine)
+        with _shutting_down(model.engine):
+            yield model
+
+    return InProcess(request, engine, loaded)
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -735,16 +798,34 @@ def _write_picture(file: Path, text: str) -> None:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    # Neither a driver nor a device is wanted, even where there is one.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from duetjax.compile_profile import ProfileRequest, compile_profile
+    # For an absent GPU neither a driver nor a device is wanted, even where there is one.
+    if args.gpu != "local":
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from duetjax import compile_programs as command
+    from duetjax import compile_report
 
-    request = ProfileRequest(
-        args.model, args.gpu, args.profile, args.buckets_decode, args.buckets_prefill
-    )
-    profile = compile_profile(request)
-    print(f"wrote {args.profile}: {len(profile.costs)} programs of {profile.model} for {args.gpu}")
+    sizes = args.max_num_seqs, args.max_num_batched_tokens
+    engine = command.engine_for(args.gpu, *sizes, settings=_engine_settings(args))
+    compiled = command.compile_model(_fields_of(command.CompileRequest, args), engine)
+    document = compile_report.document(compiled)
+    for line in compile_report.lines(compiled):
+        print(line)
+    if args.out is not None:
+        files = command.write(compiled, args.out, document, compile_report.draw(compiled))
+        print(f"wrote {', '.join(map(str, files))}")
+    print(json.dumps(document))
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from duetjax import profile_report
+    from duetjax.profile_command import ProfileRequest, profile
+
+    report = profile(_fields_of(ProfileRequest, args), EngineConfig(**_engine_settings(args)))
+    for line in profile_report.lines(report):
+        print(line)
+    print(json.dumps(profile_report.document(report)))
     return 0
 
 

@@ -156,13 +156,14 @@ class ModelProfile:
         texts = {name: getattr(self, name) for name in _MODEL_TEXTS}
         sizes = {name: getattr(self, name) for name in _MODEL_SIZES}
         head = {"kind": self.KIND, "version": self.VERSION}
-        return {**head, **texts, **sizes, "programs": programs}
+        shared = {"shards": self.shards} if self.shards > 1 else {}
+        return {**head, **texts, **sizes, **shared, "programs": programs}
 
     @classmethod
     def from_json(cls, value: object, file: str) -> Self:
         """Reads parsed JSON; `ConfigError` names `file` and the key at fault."""
         document = Document.open(value, file, cls.KIND, cls.VERSION)
-        document.only("kind", "version", "programs", *_MODEL_TEXTS, *_MODEL_SIZES)
+        document.only("kind", "version", "programs", "shards", *_MODEL_TEXTS, *_MODEL_SIZES)
         programs = document.part("programs")
         costs = {_key(programs, name): _cost(programs.part(name)) for name in programs.values}
         for program in Program:
@@ -170,6 +171,8 @@ class ModelProfile:
                 raise document.wrong("programs", f"has no {program} program")
         texts = {name: document.text(name) for name in _MODEL_TEXTS}
         sizes = {name: document.whole(name) for name in _MODEL_SIZES}
+        if "shards" in document.values:
+            sizes["shards"] = document.whole("shards")
         return cls(costs=costs, **texts, **sizes)  # type: ignore[arg-type]
 
 
@@ -233,6 +236,8 @@ class HardwareProfile:
     contention_prefill: how many times as long a step takes beside the other lane. launch_us: of a
     launch on the host. interconnect_bytes_per_s: to another device, one way. memory_bytes: all that
     it has. board_watts: most that it draws. origins: of every value, by its name.
+    attention_compute, attention_memory: which part of the curve's FLOP/s and bytes/s attention
+    reaches; above 1 where caches hold what it reads. A document may leave them out.
     """
 
     KIND = "hardware-profile"
@@ -251,6 +256,8 @@ class HardwareProfile:
     memory_bytes: float
     board_watts: float
     origins: Mapping[str, Origin]
+    attention_compute: float = 1.0
+    attention_memory: float = 1.0
 
     def splits(self) -> tuple[Split, ...]:
         """Every split that the device offers, the least decode share first; may be empty."""
@@ -263,7 +270,9 @@ class HardwareProfile:
 
     def to_json(self) -> dict[str, object]:
         """The document that `from_json` reads."""
-        columns: dict[str, object] = {name: getattr(self, name) for name in (*_COUNTS, *_FACTORS)}
+        told = [name for name in _OPTIONAL if name in self.origins]
+        names = (*_COUNTS, *_FACTORS, *told)
+        columns: dict[str, object] = {name: getattr(self, name) for name in names}
         columns |= {name: [getattr(at, of) for at in self.curve] for name, of in _CURVE.items()}
         values = {
             name: {
@@ -279,11 +288,13 @@ class HardwareProfile:
     def from_json(cls, value: object, file: str) -> Self:
         """Reads parsed JSON; `ConfigError` names `file` and the key at fault."""
         document = Document.open(value, file, cls.KIND, cls.VERSION)
-        names = (*_COUNTS, *_FACTORS, *_CURVE)
+        told = [name for name in _OPTIONAL if name in document.values]
+        names = (*_COUNTS, *_FACTORS, *_CURVE, *told)
         document.only("kind", "version", "name", *names)
         parts = {name: document.part(name).only("value", "basis", "source") for name in names}
         counts = {name: parts[name].whole("value") for name in _COUNTS}
         factors = {name: parts[name].number("value", least) for name, least in _FACTORS.items()}
+        factors |= {name: parts[name].number("value", _OPTIONAL[name]) for name in told}
         columns = [_rising(parts[name]) for name in _CURVE]
         if len({len(column) for column in columns}) != 1:
             raise document.wrong("curve_cores", "must be as long as the other curves")
@@ -310,6 +321,8 @@ _FACTORS = {
     "board_watts": 1.0,
 }
 """Names of the plain numbers, and the least that each may be."""
+_OPTIONAL = {"attention_compute": 1e-3, "attention_memory": 1e-3}
+"""The same of those that a document may leave out."""
 _CURVE = {
     "curve_cores": "cores",
     "curve_flops_per_s": "flops_per_s",

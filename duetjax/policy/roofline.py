@@ -80,12 +80,14 @@ class Roofline:
         }
         of_layers = float(model.num_layers * model.head_dim * model.dtype_bytes)
         per_pair = float(model.num_layers * model.num_heads * (4 * model.head_dim + 2))
-        per_query = 2 * model.num_heads * of_layers
+        per_pair /= hardware.attention_compute  # slower: as if there were so many more of them
+        per_query = 2 * model.num_heads * of_layers / hardware.attention_memory
         self._unseen = 0.5 if causal else 0.0  # by the average query, of each other one's keys
         # Of all tokens in the layers that compute them, and of the last one in the other layers.
         self._flops_per_pair, self._flops_per_last = share * per_pair, (1 - share) * per_pair
         self._bytes_per_query, self._bytes_of_last = share * per_query, (1 - share) * per_query
         self._bytes_per_key = 2 * model.num_kv_heads * of_layers
+        self._bytes_per_key_read = self._bytes_per_key / hardware.attention_memory
         # Each of the devices that share a model sends its own part.
         self.transfer_ms = 1e3 * self._bytes_per_key / hardware.interconnect_bytes_per_s
         # Of two rings in each layer. What crosses the interconnect counts as so many more bytes of
@@ -252,7 +254,7 @@ class Roofline:
     def _decoding[N: (float, Floats)](self, tokens: int, context: N) -> tuple[N, N]:
         """`_work` of rows with one token each, all together. context: the sum, tokens included."""
         flops = context * (self._flops_per_pair + self._flops_per_last)
-        moved = context * self._bytes_per_key
+        moved = context * self._bytes_per_key_read
         return flops, moved + tokens * (self._bytes_per_query + self._bytes_of_last)
 
     def _work[N: (float, Floats)](self, q: N, c: N) -> tuple[N, N]:
@@ -264,7 +266,7 @@ class Roofline:
         context = q + c
         pairs = q * (context - self._unseen * (q - 1))
         flops = pairs * self._flops_per_pair + context * self._flops_per_last
-        moved = q * self._bytes_per_query + context * self._bytes_per_key + self._bytes_of_last
+        moved = q * self._bytes_per_query + context * self._bytes_per_key_read + self._bytes_of_last
         return flops, moved
 
 

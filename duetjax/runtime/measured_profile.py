@@ -29,10 +29,10 @@ def measured_profile(
 ) -> ModelProfile:
     """The profile by which the roofline takes as long for each program as the device did.
 
-    Without rows attention has nothing to do, and is no part of a profile; all else is computed.
-    The time is put down to what binds it, memory traffic in decode and FLOPs in prefill, at the
-    rates that `hardware` names for all cores. Programs that are left after some seconds are taken
-    to be slower than the one before as they are larger.
+    Without rows attention has nothing to do, and is no part of a profile; all else is computed. A
+    program has as many times the FLOPs and bytes of its shapes as it takes longer than they would
+    on all of `hardware`'s cores: so on fewer of them it is bound by what binds it there. Programs
+    that are left after some seconds are taken to be slower than the one before as they are larger.
     """
     costs: dict[tuple[Program, int], Cost] = {}
     _log.info("timing %d programs, as there is no profile of %s", len(shapes.costs), shapes.model)
@@ -44,7 +44,7 @@ def measured_profile(
             seconds = before[1] * size / before[0] if late else 0.0
             seconds = seconds or _fastest(device, Launch(next(tickets), program, size, slots=()))
             before = size, seconds
-            costs[program, size] = _cost(program, shapes.costs[program, size], seconds, hardware)
+            costs[program, size] = _cost(shapes.costs[program, size], seconds, hardware)
             _log.debug("%s %d: %.2f ms%s", program, size, 1e3 * seconds, " (guessed)" * bool(late))
     return replace(shapes, compiled_for=SOURCE, costs=costs)
 
@@ -59,8 +59,7 @@ def _fastest(device: Device, launch: Launch) -> float:
     return min(seconds)
 
 
-def _cost(program: Program, shape: Cost, seconds: float, hardware: HardwareProfile) -> Cost:
+def _cost(shape: Cost, seconds: float, hardware: HardwareProfile) -> Cost:
     rates = hardware.curve[-1]
-    if program is Program.DECODE:
-        return replace(shape, bytes=seconds * rates.bytes_per_s)
-    return replace(shape, flops=seconds * rates.flops_per_s)
+    times = seconds / max(shape.flops / rates.flops_per_s, shape.bytes / rates.bytes_per_s)
+    return Cost(times * shape.flops, times * shape.bytes)

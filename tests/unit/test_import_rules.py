@@ -33,6 +33,7 @@ RULES = {
     "duetjax.log_lines": Rule(),
     "duetjax.whole_file": Rule(),
     "duetjax.presets": Rule(),
+    "duetjax.progress": Rule(theirs=("tqdm",)),
     "duetjax.policy": Rule(ours=("duetjax.config",), theirs=("numpy",), never=CLOCKS),
     "duetjax.sim": Rule(ours=("duetjax.config", "duetjax.policy"), theirs=("numpy",)),
     "duetjax.text": Rule(ours=("duetjax.config",), theirs=("tokenizers", "minijinja")),
@@ -60,7 +61,9 @@ RULES = {
             "duetjax.config",
             "duetjax.model",
             "duetjax.checkpoint",
+            "duetjax.policy.grid",
             "duetjax.policy.launch",
+            "duetjax.policy.limits",
             "duetjax.policy.memory",
             "duetjax.policy.profiles",
             "duetjax.whole_file",
@@ -112,9 +115,10 @@ RULES = {
             "duetjax.model",
             "duetjax.planning",
             "duetjax.policy",
+            "duetjax.progress",
             "duetjax.runtime",
         ),
-        theirs=("jax", "numpy", "tqdm"),
+        theirs=("jax", "numpy"),
     ),
     "duetjax.build_sim": Rule(
         ours=(
@@ -164,25 +168,48 @@ RULES = {
     "duetjax.bench": Rule(
         ours=(
             "duetjax.bench_client",
+            "duetjax.bench_endpoint",
+            "duetjax.bench_in_process",
             "duetjax.bench_load",
             "duetjax.bench_report",
             "duetjax.bench_run",
+            "duetjax.build",
             "duetjax.config",
             "duetjax.sim",
         ),
         theirs=("orjson",),
     ),
     "duetjax.bench_client": Rule(ours=("duetjax.config",), theirs=("h11", "orjson")),
+    "duetjax.bench_endpoint": Rule(
+        ours=(
+            "duetjax.bench_client",
+            "duetjax.bench_load",
+            "duetjax.bench_run",
+            "duetjax.config",
+        ),
+        theirs=("orjson",),
+    ),
+    "duetjax.bench_in_process": Rule(
+        ours=(
+            "duetjax.bench_client",
+            "duetjax.bench_load",
+            "duetjax.bench_run",
+            "duetjax.build",
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.policy.request",
+        )
+    ),
     "duetjax.bench_load": Rule(ours=("duetjax.config", "duetjax.sim"), theirs=("numpy", "orjson")),
     "duetjax.bench_report": Rule(ours=("duetjax.bench_client", "duetjax.sim"), theirs=("numpy",)),
     "duetjax.bench_run": Rule(
         ours=(
             "duetjax.bench_client",
+            "duetjax.bench_load",
             "duetjax.bench_report",
-            "duetjax.config",
             "duetjax.sim",
         ),
-        theirs=("orjson", "tqdm"),
+        theirs=("tqdm",),
     ),
     "duetjax.arrangements": Rule(
         ours=("duetjax.config", "duetjax.simulate", "duetjax.simulate_report")
@@ -219,14 +246,61 @@ RULES = {
     "duetjax.chart_axis": Rule(ours=("duetjax.chart_svg",)),
     "duetjax.chart_svg": Rule(),
     "duetjax.picture": Rule(ours=("duetjax.chart", "duetjax.config", "duetjax.explain")),
-    "duetjax.compile_profile": Rule(
+    "duetjax.absent": Rule(
         ours=(
-            "duetjax.checkpoint",
             "duetjax.config",
+            "duetjax.devices",
+            "duetjax.policy.memory",
+            "duetjax.runtime",
+            "pallas_kernels.choice",
+        ),
+        theirs=("jax",),
+    ),
+    "duetjax.measured_hardware": Rule(
+        ours=(
+            "duetjax.devices",
+            "duetjax.host",
             "duetjax.policy.profiles",
+            "duetjax.profile_files",
             "duetjax.runtime",
         ),
-        theirs=("tqdm",),
+        theirs=("jax",),
+    ),
+    "duetjax.profile_command": Rule(
+        ours=(
+            "duetjax.build_device",
+            "duetjax.calibration_file",
+            "duetjax.checkpoint.source",
+            "duetjax.config",
+            "duetjax.devices",
+            "duetjax.measured_hardware",
+            "duetjax.policy",
+            "duetjax.profile_files",
+            "duetjax.profile_report",
+            "duetjax.progress",
+            "duetjax.runtime",
+            "duetjax.whole_file",
+        ),
+        theirs=("numpy",),
+    ),
+    "duetjax.profile_report": Rule(ours=("duetjax.chart", "duetjax.policy"), theirs=("numpy",)),
+    "duetjax.compile_programs": Rule(
+        ours=(
+            "duetjax.absent",
+            "duetjax.build_device",
+            "duetjax.checkpoint",
+            "duetjax.config",
+            "duetjax.devices",
+            "duetjax.policy",
+            "duetjax.profile_files",
+            "duetjax.progress",
+            "duetjax.runtime",
+        ),
+        theirs=("jax",),
+    ),
+    "duetjax.compile_report": Rule(
+        ours=("duetjax.chart", "duetjax.compile_programs", "duetjax.explain", "duetjax.policy"),
+        theirs=("numpy",),
     ),
     "duetjax.batch": Rule(ours=("duetjax.config",), theirs=("orjson",)),
     "duetjax.run_batch": Rule(

@@ -188,7 +188,7 @@ def test_what_a_processor_reaches_was_measured_and_says_how():
     for name in ("cores", "curve_cores", "curve_flops_per_s", "curve_bytes_per_s", "launch_us"):
         assert profile.origins[name].basis is Basis.MEASURED, name
     assert "Xeon" in profile.origins["cores"].source
-    assert "benchmarks/cpu_profile.py" in profile.origins["curve_cores"].source
+    assert "duetjax profile" in profile.origins["curve_cores"].source
 
 
 @pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
@@ -202,10 +202,10 @@ def test_a_shipped_profile_has_the_cores_of_the_gpu_that_programs_are_compiled_f
     assert profile.curve[-1].bytes_per_s < facts["memory_bandwidth"]["value"]
 
 
-def test_every_preset_has_a_model_profile():
+def test_every_preset_that_fits_a_gpu_has_a_model_profile():
     presets = {path.stem for path in PRESETS.glob("models/*.json")}
-    assert {path.stem for path in MODELS} == presets
-    assert presets == {
+    assert presets - {path.stem for path in MODELS} == {"llama-3.1-70b"}
+    assert {path.stem for path in MODELS} == {
         "llama-3.1-8b",
         "llama-3.2-1b",
         "llama-3.2-3b",
