@@ -11,9 +11,11 @@ on a processor can show; their figures mean nothing.
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", metavar="ITEM,...", help="these items, in their usual order")
     parser.add_argument("--list", action="store_true", help="names the items and ends")
     parser.add_argument("--limit", type=float, help="seconds for an item, in place of its own")
+    parser.add_argument("--total-s", type=float, help="begin no item that may take longer in all")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what has passed or failed before"
+    )
     parser.add_argument("--build", type=Path, help="where to keep what gcc makes; else it is lost")
     inner = parser.add_argument_group("for the processes that this one starts")
     for name in ("--item", "--fake", "--launcher", "--absent"):
@@ -49,6 +55,7 @@ def parse() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, scratch: Path) -> int:
     """Runs the items; returns the exit code."""
+    ends = math.inf if args.total_s is None else time.monotonic() + args.total_s
     runner = Runner(args.backend, args.build or scratch, scratch)
     facts = runner.run("facts", args.limit)
     if facts.failures:
@@ -56,7 +63,16 @@ def check(args: argparse.Namespace, scratch: Path) -> int:
         print("\n".join(facts.tail), file=sys.stderr)
         return 1
     report = Report(args.backend, args.out, facts.figures, runner.launcher_origin)
+    if args.resume:
+        report.resume()
     for name in args.items:
+        if report.has(name):
+            continue
+        usual = args.limit or ITEMS[name].limit_s if name in ITEMS else 0
+        if time.monotonic() + usual > ends:
+            print(f"left for another call: {name}", flush=True)
+            report.is_whole = False
+            continue
         report.add(name, runner.run(name, args.limit))
     return report.conclude()
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -223,9 +223,10 @@ def _engine_process(descriptor: int) -> None:
         notes, server = Notes(), Client(address)
 
         def obey() -> None:
-            while True:
-                server.recv()
-                server.send(notes.take())
+            with suppress(EOFError):  # it has what it wanted
+                while True:
+                    server.recv()
+                    server.send(notes.take())
 
         threading.Thread(target=obey, name="notes", daemon=True).start()
         tokenizer, source = _tokenizer(), resolve_model(None)

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +19,20 @@ from gpu.items import Outcome
 from gpu.running import Finding
 
 LINES_SHOWN = 12
+LEFT_OVER = 3
 
 
 class Report:
-    """Results of one device, kept in a file that is whole after every item."""
+    """Results of one device, kept in a file that is whole after every item.
+
+    is_whole: no item is left for another call.
+    """
 
     def __init__(self, backend: str, out: Path, gpu: Mapping[str, Any], launcher: str) -> None:
         slug = slug_of(gpu["name"]) if backend == "cuda" else backend
         self._file = out / slug / "launcher.json"
         self._items: dict[str, dict[str, Any]] = {}
+        self.is_whole = True
         self._head = {
             "benchmark": "gpu_check",
             "backend": backend,
@@ -37,6 +43,15 @@ class Report:
             "versions": versions() | {"driver": gpu["driver"], "launcher": launcher},
         }
         print(f"{gpu['name']}, driver {gpu['driver']}, launcher {launcher}", flush=True)
+
+    def resume(self) -> None:
+        """Takes over what an earlier call has found here, however it came out."""
+        with suppress(FileNotFoundError):
+            self._items = json.loads(self._file.read_text(encoding="utf-8"))["items"]
+
+    def has(self, name: str) -> bool:
+        """Whether it is known already."""
+        return name in self._items
 
     def add(self, name: str, finding: Finding) -> None:
         """Prints an item and writes it down."""
@@ -50,12 +65,14 @@ class Report:
         self._write()
 
     def conclude(self) -> int:
-        """Prints the JSON line; returns the exit code."""
+        """Prints the JSON line; returns the exit code: 1 if an item failed, 3 if some are left."""
         outcomes = {name: item["outcome"] for name, item in self._items.items()}
-        failed = [name for name, outcome in outcomes.items() if outcome is Outcome.FAIL]
+        failed = [name for name, outcome in outcomes.items() if outcome == Outcome.FAIL]
         print(f"written to {self._file}")
         brief = {name: item["figures"] for name, item in self._items.items()}
         print(json.dumps({**self._head, "outcomes": outcomes, "failed": failed, "figures": brief}))
+        if not self.is_whole:
+            return LEFT_OVER
         return 1 if failed else 0
 
     def _write(self) -> None:
