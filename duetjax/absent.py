@@ -5,12 +5,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from duetjax.config import EngineConfig, ModelConfig
-from duetjax.devices import Parts, gpu_kernels
+from duetjax.devices import Parts, asked_kernels, gpu_kernels
 from duetjax.policy.memory import foreseen_temporaries, recorded_bytes
 from duetjax.runtime import placeholders
 from duetjax.runtime.programs import Key, Programs
 from duetjax.runtime.target import absent_gpu, gpu_facts
-from pallas_kernels.choice import Asked
 
 
 class AbsentGpu:
@@ -27,11 +26,12 @@ class AbsentGpu:
         facts = gpu_facts(name)
         self.memory = self.free = int(facts["device_memory_size"] * engine.gpu_memory_utilization)
         self._capability = facts["compute_capability"]
+        self._asked = asked_kernels(engine)
         self._page_size = engine.page_size
 
     def parts(self, config: ModelConfig, dtype: str) -> Parts:
         """See `Place`."""
-        kernels = gpu_kernels(self._capability, config, self._page_size, dtype, Asked.AUTO)
+        kernels = gpu_kernels(self._capability, config, self._page_size, dtype, self._asked)
         return Parts(placeholders if kernels is None else kernels, prefill_ratio=2)
 
     def foreseen(self, programs: Programs) -> int:

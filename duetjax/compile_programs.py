@@ -123,6 +123,7 @@ def compile_model(request: CompileRequest, engine: EngineConfig) -> Compiled:
     compiled = dict(_compiled(programs, place, stored=gpu == LOCAL))
     temporaries = {key: each.temp_bytes for key, each in compiled.items()}
     needed = replace(memory, temporaries=place.needed(temporaries))
+    planned = replace(engine, max_model_len=plan.max_model_len)
     return Compiled(
         model=source.name,
         gpu=gpu,
@@ -130,8 +131,8 @@ def compile_model(request: CompileRequest, engine: EngineConfig) -> Compiled:
         programs=compiled,
         max_model_len=plan.max_model_len,
         engine=engine,
-        foreseen=_use(config, engine, programs, memory, place),
-        needed=_use(config, engine, programs, needed, place),
+        foreseen=_use(config, planned, programs, memory, place),
+        needed=_use(config, planned, programs, needed, place),
         profile=_profile(source.name, source.config, programs, compiled, request.tensor_parallel),
         hardware=hardware,
     )
@@ -228,9 +229,12 @@ def _inspected(programs: Programs) -> Iterator[tuple[Key, CompiledProgram]]:
         )
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        pending = [(key, pool.submit(inspect, programs.lower(key))) for key in programs.buckets]
-        for key, future in pending:
-            yield key, future.result()
+        try:
+            pending = [(key, pool.submit(inspect, programs.lower(key))) for key in programs.buckets]
+            for key, future in pending:
+                yield key, future.result()
+        finally:  # whoever stops does not wait for what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _from_store(programs: Programs) -> Iterator[tuple[Key, CompiledProgram]]:

@@ -36,7 +36,8 @@ def lines(compiled: Compiled) -> Iterator[str]:
     foresight = Foresight(compiled.profile, compiled.hardware)
     yield ""
     yield f"predicted time to first token, the prompt alone on {compiled.hardware.name}"
-    yield from _table(("prompt tokens", "ms"), _ttft_ms(compiled, foresight).items())
+    ttft = _ttft_ms(compiled, foresight)
+    yield from _table(("prompt tokens", "ms"), [(n, f"{ms:.1f}") for n, ms in ttft.items()])
     yield ""
     yield "predicted time between tokens [ms], by rows and tokens in KV of each"
     tbt = _tbt_ms(compiled, foresight)
@@ -44,7 +45,7 @@ def lines(compiled: Compiled) -> Iterator[str]:
     yield from _table(
         ("rows", *map(str, contexts)),
         [
-            (rows, *(tbt.get((rows, context), "-") for context in contexts))
+            (rows, *(_shown(tbt.get((rows, context))) for context in contexts))
             for rows in sorted({rows for rows, _ in tbt})
         ],
     )
@@ -102,7 +103,7 @@ def draw(compiled: Compiled) -> str | None:
     if splits:
         split = splits[len(splits) // 4]
         for name, cores in (("decode", split.decode), ("prefill", split.prefill)):
-            reaches[f"{cores} cores, as {name} may have"] = _reach(hardware, cores)
+            reaches[f"{cores} cores, as {name} may have"] = hardware.reach(cores)
     roofs = [Line(name, _roof(reach)) for name, reach in reaches.items()]
     dots = [
         Line(f"{kind} programs", [_place(cost, whole) for cost in _costs(compiled, kind)])
@@ -175,11 +176,15 @@ def _bytes(use: MemoryUse) -> dict[str, int]:
     }
 
 
-def _ttft_ms(compiled: Compiled, foresight: Foresight) -> dict[int, str]:
+def _shown(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.2f}"
+
+
+def _ttft_ms(compiled: Compiled, foresight: Foresight) -> dict[int, float]:
     """By prompt length, as far as contexts go: launches of the largest program, one by one."""
     buckets = _buckets(compiled, Program.PREFILL)
     return {
-        tokens: f"{sum(_chunks_ms(foresight, buckets, tokens)):.1f}"
+        tokens: sum(_chunks_ms(foresight, buckets, tokens))
         for tokens in _PROMPTS
         if tokens < compiled.max_model_len
     }
@@ -193,14 +198,14 @@ def _chunks_ms(foresight: Foresight, buckets: Sequence[int], tokens: int) -> Ite
         yield foresight.step_ms(Step(*place, np.array([count]), np.array([start])))
 
 
-def _tbt_ms(compiled: Compiled, foresight: Foresight) -> dict[tuple[int, int], str]:
+def _tbt_ms(compiled: Compiled, foresight: Foresight) -> dict[tuple[int, int], float]:
     """By rows and context, where the KV pages hold that many tokens."""
     found = {}
     for rows in _buckets(compiled, Program.DECODE):
         for context in _CONTEXTS:
             if context < compiled.max_model_len and rows * context <= compiled.needed.tokens:
                 step = Step(Lane.WHOLE, None, Program.DECODE, rows, 1, np.full(rows, context))
-                found[rows, context] = f"{foresight.step_ms(step):.2f}"
+                found[rows, context] = foresight.step_ms(step)
     return found
 
 
@@ -229,19 +234,6 @@ def _span(compiled: Compiled, kind: Program) -> str:
 
 def _costs(compiled: Compiled, kind: Program) -> list[Cost]:
     return [compiled.profile.costs[kind, bucket] for bucket in _buckets(compiled, kind)]
-
-
-def _reach(hardware: HardwareProfile, cores: int) -> Reach:
-    """What so many cores reach, between the points of the curve."""
-    at = [0, *(each.cores for each in hardware.curve)]
-    flops, moved = (
-        float(np.interp(cores, at, [0.0, *column]))
-        for column in (
-            [each.flops_per_s for each in hardware.curve],
-            [each.bytes_per_s for each in hardware.curve],
-        )
-    )
-    return Reach(cores, flops, moved)
 
 
 def _roof(reach: Reach) -> list[tuple[float, float | None]]:

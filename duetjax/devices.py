@@ -133,7 +133,8 @@ def gpu_kernels(
     return choice.kernels
 
 
-def _asked(engine: EngineConfig) -> Asked:
+def asked_kernels(engine: EngineConfig) -> Asked:
+    """Raises `ConfigError` for kernels that there are not."""
     if engine.kernels not in list(Asked):
         raise ConfigError(f"--kernels {engine.kernels}: choose {', '.join(Asked)}")
     return Asked(engine.kernels)
@@ -175,8 +176,8 @@ class Host:
         self._backend = engine.backend
         self.rung = Rung.JAX
         self.splits: tuple[Split, ...] | None = None
-        if (asked := _asked(engine)) in (Asked.MOSAIC, Asked.TRITON):
-            raise ConfigError(f"--kernels {asked}: not on a processor; leave it out")
+        if (kernels := asked_kernels(engine)) in (Asked.MOSAIC, Asked.TRITON):
+            raise ConfigError(f"--kernels {kernels}: not on a processor; leave it out")
 
     @property
     def memory(self) -> int:
@@ -228,7 +229,7 @@ class Gpu:
     def __init__(self, engine: EngineConfig, target: Target) -> None:
         self.target = target
         self._backend = engine.backend
-        self._asked = _asked(engine)
+        self._asked = asked_kernels(engine)
         self._page_size = engine.page_size
         self.rung = Rung.JAX
         self.splits: tuple[Split, ...] | None = None

@@ -9,8 +9,10 @@ from duetjax.policy.launch import Program
 PAGE_STEP = 256
 """Pools are rounded down to a multiple, so that a little more memory is not a new program."""
 
+OUTPUT_BYTES = 256 * 2**20
+"""Of a GPU: for what programs put out, and for what XLA's allocator cannot use."""
+
 _HOST_KV_BYTES = 512 * 2**20  # the pool where host memory serves and nothing else was asked for
-_OUTPUT_BYTES = 256 * 2**20  # for what programs put out, and for what XLA's allocator cannot use
 
 # What XLA keeps while a program runs, read off those of eight models compiled for three GPUs.
 _LOGIT_BYTES = 8  # float32 logits of a row, and once more while they are sampled
@@ -78,7 +80,7 @@ def recorded_bytes(temporaries: Mapping[tuple[Program, int], int]) -> int:
         size * (2 if program is Program.PREFILL else 1)
         for (program, _), size in temporaries.items()
     )
-    return _OUTPUT_BYTES + kept + max(temporaries.values())
+    return OUTPUT_BYTES + kept + max(temporaries.values())
 
 
 def kv_bytes(engine: EngineConfig, memory: DeviceMemory, *, on_host: bool) -> int:

@@ -268,6 +268,18 @@ class HardwareProfile:
             for decode in range(first, most + 1, self.core_step)
         )
 
+    def reach(self, cores: int) -> Reach:
+        """What so many cores reach: between the points of the curve it is straight."""
+        before = Reach(0, 0.0, 0.0)
+        for after in self.curve:
+            if cores <= after.cores:
+                break
+            before = after
+        part = (cores - before.cores) / (after.cores - before.cores)
+        flops = before.flops_per_s + part * (after.flops_per_s - before.flops_per_s)
+        moved = before.bytes_per_s + part * (after.bytes_per_s - before.bytes_per_s)
+        return Reach(cores, flops, moved)
+
     def to_json(self) -> dict[str, object]:
         """The document that `from_json` reads."""
         told = [name for name in _OPTIONAL if name in self.origins]

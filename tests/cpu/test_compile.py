@@ -123,6 +123,8 @@ def test_programs_memory_and_predictions_are_told(compiled):
     assert memory["sum"] == memory["weights"] + memory["slots"] + memory["temporaries"]
     assert [each["decode_cores"] for each in compiled.document["predicted_splits"]][:2] == [8, 16]
     assert set(compiled.document["predicted_ttft_ms"]) == {"128", "512", "2048"}
+    assert 0 < compiled.document["predicted_ttft_ms"]["128"] < 1
+    assert all(each["ms"] > 0 for each in compiled.document["predicted_tbt_ms"])
     assert [line for line in compiled.lines if line.startswith("duet: ")]
 
 
@@ -211,6 +213,7 @@ def test_partial_results_of_long_contexts_count_where_the_vocabulary_is_small():
         ({"--tensor-parallel": "3"}, "32 heads on 8 KV heads cannot be divided among 3"),
         ({"--tensor-parallel": "2", "--gpu": "local"}, "one GPU serves; name an absent one"),
         ({"--max-num-seqs": "0"}, "--max-num-seqs"),
+        ({"--kernels": "fast"}, "--kernels fast: choose auto, xla, mosaic, triton"),
         ({"--hardware-profile": "none"}, "--hardware-profile none: neither a file nor one of"),
         ({"--out": "file/below"}, "--out file/below: Not a directory; name another folder"),
     ],

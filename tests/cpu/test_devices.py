@@ -12,7 +12,7 @@ from duetjax.config import Backend, ConfigError, EngineConfig, ModelConfig, Poli
 from duetjax.devices import Gpu, Ready, find_device
 from duetjax.planning import Profiles, wanted_splits
 from duetjax.policy.launch import Program, Split
-from duetjax.policy.memory import PAGE_STEP
+from duetjax.policy.memory import OUTPUT_BYTES, PAGE_STEP
 from duetjax.profile_files import Kind, read_hardware_profile, shipped_file
 from duetjax.runtime.in_order import InOrder
 from duetjax.runtime.inspection import inspect_program
@@ -61,9 +61,9 @@ def planned(gpu, monkeypatch):
 
 def test_a_gpu_s_plan_counts_slots_and_what_recordings_keep(gpu, planned):
     programs, memory, made = planned()
-    assert memory.temporaries == devices._OUTPUT_BYTES + 2 * 1000 + 2 * 5000 + 5000
+    assert memory.temporaries == OUTPUT_BYTES + 2 * 1000 + 2 * 5000 + 5000
     each = {(kind, 2**i): 100 for kind in Program for i in range(3)}
-    assert gpu().needed(each) == devices._OUTPUT_BYTES + 3 * 100 + 2 * 3 * 100 + 100
+    assert gpu().needed(each) == OUTPUT_BYTES + 3 * 100 + 2 * 3 * 100 + 100
     assert memory.slots == programs.slots.num_bytes
     assert made.layout.num_pages == 4 * 4 + 1, "no more than 4 full contexts need"
     assert programs.target.has_marker

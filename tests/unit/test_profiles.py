@@ -238,3 +238,13 @@ def test_a_shipped_model_profile_has_the_shapes_of_its_preset(path):
     assert profile.num_heads == preset["num_attention_heads"]
     assert profile.num_kv_heads == preset["num_key_value_heads"]
     assert profile.vocab_size == preset["vocab_size"]
+
+
+def test_between_the_points_of_its_curve_a_device_reaches_what_lies_between():
+    hardware = HardwareProfile.from_json(json.loads(HARDWARE[0].read_text()), "")
+    low, high = hardware.curve[:2]
+    assert hardware.reach(low.cores) == low
+    assert hardware.reach(hardware.cores) == hardware.curve[-1]
+    middle = hardware.reach((low.cores + high.cores) // 2)
+    assert low.flops_per_s < middle.flops_per_s < high.flops_per_s
+    assert low.bytes_per_s <= middle.bytes_per_s <= high.bytes_per_s
