@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-clients check-schema check-device gpu-check study faults soak lock newest
+.PHONY: help setup demo test lint types check-native check-clients check-schema check-page check-device gpu-check gpu-all study report faults soak lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -46,13 +46,23 @@ check-clients: $(VENV)/.installed $(CLIENTS:%=build/clients/%/.installed)  ## op
 check-schema: $(VENV)/.installed build/clients/schemathesis/.installed  ## schemathesis: /openapi.json against the server that gives it
 	$(PY) tests/clients/run.py schemathesis_client.py build/clients/schemathesis/bin/python
 
+check-page: $(VENV)/.installed build/clients/page/.installed  ## the page at / in headless Chromium; SHOTS=docs: take its pictures
+	SHOTS=$(SHOTS) $(PY) tests/clients/run.py page_client.py build/clients/page/bin/python
+
 gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake|host: without one; PYTHON= chooses
 	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results
+
+gpu-all:  ## on a GPU: all that it has to tell, PART=check|kernels|profile|headline, each call LIMIT=540 s at most; goes on where it stopped
+	$(PYTHON) benchmarks/gpu_all.py $(PART) --backend $(BACKEND) --limit-s $(LIMIT)
 PYTHON ?= python3
 BACKEND ?= cuda
+LIMIT ?= 540
 
 study: setup  ## simulate policies on Azure's traces (TRACES=DIR), write docs/results/study.md; goes on where it stopped
 	$(PY) benchmarks/study.py --traces "$(TRACES)"
+
+report: setup  ## turn benchmarks/results into docs/results.md with pictures, and the README's table
+	$(PY) benchmarks/report.py
 
 faults: $(VENV)/.installed-dev  ## attack servers with and without their guards, write docs/faults.md
 	rm -rf build/faults && mkdir -p build/faults

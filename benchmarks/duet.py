@@ -34,6 +34,9 @@ The protocol, fixed before it was run
   objective on a seed of its own, has the highest tokens/s. All others have the largest budget as
   their limit. static-split gives decode the fewest SMs that reach 95 % of the memory's bytes/s by
   the hardware profile.
+- Profiles: launches are foretold by what `duetjax profile` measured on this device, if it left
+  that in `profile` beside DIR; else by the shipped profile of the GPU. They are chosen with the
+  capacity and kept for all cells; cells of another capacity or profile are refused.
 - A policy keeps an objective at a rate if the victims' 99th percentile gap, of all seeds together,
   is within it. Its figures are those of the highest rate that it keeps.
 - The goal: at 25 ms duet has 1.15 x the tokens/s of the best other policy, its TTFT p50 at most
@@ -66,6 +69,7 @@ from duet_cells import (  # noqa: E402
     OBJECTIVES,
     POLICIES,
     RATES,
+    SCALE,
     SEEDS,
     Backend,
     Cell,
@@ -78,6 +82,7 @@ from duet_cells import (  # noqa: E402
     tuning,
     variant,
 )
+from duet_profiles import Profiles, choose  # noqa: E402
 from duet_report import best_budgets, cell_of, write_report  # noqa: E402
 from duet_run import Task  # noqa: E402
 from gpu.report import LEFT_OVER  # noqa: E402
@@ -96,7 +101,7 @@ class Call:
         self.backend: Backend = find(arguments.backend, is_brief=arguments.brief)
         self.timing: Timing = self.backend.timing
         self.results = Results(arguments.out or _usual_folder(arguments))
-        self.hardware = arguments.hardware_profile or self.backend.hardware_profile
+        self.named: str | None = arguments.hardware_profile
         self.is_brief: bool = arguments.brief
         self.failed: list[str] = []
         self._ends = time.monotonic() + (arguments.limit_s or self.timing.limit)
@@ -135,7 +140,7 @@ class Call:
             variant=of,
             cells=cells,
             capacity=self.capacity() if cells else None,
-            hardware_profile=self.hardware,
+            profiles=self.profiles(),
             is_brief=self.is_brief,
             seconds=self.left - _END_S,
             command=shlex.join(["python", *sys.argv]),
@@ -161,8 +166,16 @@ class Call:
         found = self.results.capacity()
         if found is None:
             raise SystemExit("duet.py: no capacity yet; run the part `capacity` first")
-        names = ("prefill_tokens_per_s", "decode_step_ms", "objective_scale")
-        return {name: found[name] for name in names}
+        Profiles.of(found).check(self.results.folder, self.named)
+        self.results.refuse_mixed()
+        return {name: found[name] for name in SCALE}
+
+    def profiles(self) -> Profiles:
+        """Those that were chosen with the capacity; before it they are chosen."""
+        found = self.results.capacity()
+        if found is None:
+            return choose(self.backend, self.results.folder, self.named)
+        return Profiles.of(found)
 
     def tuned(self) -> dict[int, int]:
         """Aggregated's budgets."""
@@ -198,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backend", choices=tuple(BACKENDS), default="cuda")
     parser.add_argument("--out", type=Path, help="folder of the cells")
     parser.add_argument("--limit-s", type=float, help="seconds after which no cell is begun")
-    parser.add_argument("--hardware-profile", help="name or file, in place of the backend's")
+    parser.add_argument("--hardware-profile", help="name or file, for `capacity` to choose")
     parser.add_argument("--brief", action="store_true", help="short windows, for tests")
     parser.add_argument("--budgets", type=_integers, help="tune: in place of all")
     parser.add_argument("--objective", type=int, choices=OBJECTIVES, default=25)
@@ -225,6 +238,7 @@ def main() -> int:
         print(json.dumps(write_report(call.results, call.backend.load)))
         return 0
     tuned = call.tuned() if PolicyName.AGGREGATED in arguments.policies else {}
+    call.capacity()
     load = call.backend.load
     variants = [variant(each, arguments.objective, load, tuned) for each in arguments.policies]
     cells = [
@@ -255,7 +269,8 @@ def tune(call: Call, budgets: Sequence[int] | None) -> int:
         names = {cell.name for cell in cells}
         documents = call.results.documents()
         best = best_budgets([each for each in documents if cell_of(each).name in names])
-        call.results.write("tuned", {"budgets": best, "cells": sorted(names)})
+        tuned = {"budgets": best, "cells": sorted(names), "capacity": call.capacity()}
+        call.results.write("tuned", tuned)
         print(", ".join(f"{objective} ms: {budget}" for objective, budget in best.items()))
     return call.conclude("tune", cells)
 

@@ -31,6 +31,8 @@ POLICIES = tuple(
     )
 )
 PLANS_BY_OBJECTIVE = (PolicyName.DUET, PolicyName.AGGREGATED_SLO)
+SCALE = ("prefill_tokens_per_s", "decode_step_ms", "objective_scale")
+"""Of the capacity, what rates and objectives are scaled by."""
 REFERENCE_STEP_MS = 7.5
 """A decode step of the victims alone as `--backend sim` measures it: Llama 3.1 8B, an H200."""
 
@@ -59,13 +61,16 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What cells run on. is_scaled: objectives stand for numbers of decode steps."""
+    """What cells run on. is_scaled: objectives stand for numbers of decode steps.
+
+    hardware_profile: where none has been measured; None: by the GPU.
+    """
 
     name: str
     model: str
     load: Load
     timing: Timing
-    hardware_profile: str
+    hardware_profile: str | None = None
     is_scaled: bool = False
     is_simulation: bool = False
 
@@ -75,7 +80,7 @@ _BRIEF = Timing(0.3, 0.3, 1.0, 2, 0.5, 12.0)
 BACKENDS: Mapping[str, Backend] = {
     each.name: each
     for each in (
-        Backend("cuda", "llama-3.1-8b", Load(), _TIMING, "h200-sxm"),
+        Backend("cuda", "llama-3.1-8b", Load(), _TIMING),
         Backend(
             "sim",
             "llama-3.1-8b",
@@ -171,12 +176,44 @@ class Results:
 
     def documents(self) -> list[dict[str, Any]]:
         """All cells, by name."""
-        files = sorted(self.folder.glob("*_rate*_seed*.json"))
-        return [json.loads(file.read_text("utf-8")) for file in files]
+        return [json.loads(file.read_text("utf-8")) for file in self._files()]
+
+    def refuse_mixed(self) -> None:
+        """SystemExit names what was measured by another capacity or profile than the rest."""
+        cells = {
+            file.name: _basis(document, document["capacity"])
+            for file, document in zip(self._files(), self.documents(), strict=True)
+        }
+        capacity = self.capacity()
+        if capacity is None and not cells:
+            return
+        wanted = next(iter(cells.values())) if capacity is None else _basis(capacity, capacity)
+        mixed = [name for name, basis in cells.items() if basis != wanted]
+        tuned = self._read("tuned") or {}
+        if "capacity" in tuned and _scale(tuned["capacity"]) != wanted[0]:
+            mixed.append("tuned.json")
+        if mixed:
+            raise SystemExit(
+                f"duet.py: measured by another capacity or profile than the rest of {self.folder};"
+                f" delete {', '.join(mixed)}"
+            )
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*_rate*_seed*.json"))
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.folder / f"{name}.json"
         return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+
+def _basis(document: Mapping[str, Any], capacity: Mapping[str, float]) -> tuple[Any, ...]:
+    """What must be the same for all cells of a folder."""
+    names = ("hardware_profile", "model_profile", "profile_digest")
+    return _scale(capacity), *(document.get(name) for name in names)
+
+
+def _scale(capacity: Mapping[str, float]) -> tuple[float, ...]:
+    return tuple(capacity[name] for name in SCALE)
 
 
 def variant(policy: str, objective: int, load: Load, tuned: Mapping[int, int]) -> Variant:

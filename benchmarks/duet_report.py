@@ -21,6 +21,7 @@ from duet_cells import (
     variant,
 )
 from duet_load import Load
+from duet_profiles import Profiles
 from duet_statistics import (
     Document,
     Figures,
@@ -50,12 +51,14 @@ type Group = dict[int, Document]
 class Verdict:
     """What came of one objective. exact: as measured; drawn: of each draw; by policy and rate.
 
-    missing: cells that were planned, by name; a rate counts for a policy only with all its seeds.
+    seeds: those that have all cells that any of them has; left_out: those that have only some.
+    missing: cells that were planned, by name.
     """
 
     objective: int
     objective_ms: float
     seeds: tuple[int, ...]
+    left_out: tuple[int, ...]
     groups: Mapping[str, Mapping[int, Group]]
     exact: Mapping[str, Mapping[int, Figures]]
     drawn: Mapping[str, Mapping[int, Figures]]
@@ -97,11 +100,14 @@ def _lowest_p99(rates: Mapping[int, Figures]) -> float:
 def judge(
     documents: Sequence[Document], objective: int, tuned: Mapping[int, int] | None, load: Load
 ) -> Verdict:
-    """All policies under an objective, with the cells that there are."""
+    """All policies under an objective, with the cells that there are.
+
+    Of the seeds the one with the most cells decides what is shown: one that is still being measured
+    takes nothing away.
+    """
     scale = documents[0]["capacity"]["objective_scale"]
     by_name = {cell_of(document).name: document for document in documents}
-    seeds = tuple(sorted({document["cell"]["seed"] for document in documents} & set(SEEDS)))
-    groups: dict[str, dict[int, Group]] = {}
+    cells: dict[tuple[str, int], dict[int, Cell]] = {}
     missing: list[str] = []
     for policy in POLICIES:
         if policy == PolicyName.AGGREGATED and tuned is None:
@@ -109,19 +115,31 @@ def judge(
             continue
         of = variant(policy, objective, load, tuned or {})
         for rate in RATES:
-            cells = {seed: Cell(of, rate, seed) for seed in sorted({*seeds, *SEEDS})}
-            missing += [cell.name for cell in cells.values() if cell.name not in by_name]
-            there = {seed: by_name.get(cells[seed].name) for seed in seeds}
-            whole = {seed: document for seed, document in there.items() if document is not None}
-            if whole and len(whole) == len(seeds):
-                groups.setdefault(policy, {})[rate] = whole
-    return _judged(objective, objective * scale, seeds, groups, missing)
+            cells[policy, rate] = {seed: Cell(of, rate, seed) for seed in SEEDS}
+            missing += [
+                cell.name for cell in cells[policy, rate].values() if cell.name not in by_name
+            ]
+    there = {
+        seed: {at for at, of_seed in cells.items() if of_seed[seed].name in by_name}
+        for seed in SEEDS
+    }
+    shown = max(there.values(), key=len)
+    seeds = tuple(seed for seed in SEEDS if there[seed] and there[seed] >= shown)
+    left_out = tuple(seed for seed in SEEDS if there[seed] and seed not in seeds)
+    groups: dict[str, dict[int, Group]] = {}
+    for policy, rate in cells:
+        if (policy, rate) in shown:
+            of_seed = cells[policy, rate]
+            group = {seed: by_name[of_seed[seed].name] for seed in seeds}
+            groups.setdefault(policy, {})[rate] = group
+    return _judged(objective, objective * scale, seeds, left_out, groups, missing)
 
 
 def _judged(
     objective: int,
     objective_ms: float,
     seeds: tuple[int, ...],
+    left_out: tuple[int, ...],
     groups: Mapping[str, Mapping[int, Group]],
     missing: Iterable[str],
 ) -> Verdict:
@@ -138,6 +156,7 @@ def _judged(
         objective,
         objective_ms,
         seeds,
+        left_out,
         groups,
         exact,
         drawn,
@@ -167,6 +186,7 @@ def summary(verdict: Verdict) -> dict[str, Any]:
         "objective": verdict.objective,
         "objective_ms": round(verdict.objective_ms, 3),
         "seeds": list(verdict.seeds),
+        "seeds_left_out": list(verdict.left_out),
         "policies": policies,
         "missing": len(verdict.missing),
     }
@@ -221,7 +241,11 @@ def _better(theirs: Figures, ours: Figures, objective_ms: float) -> list[str]:
 
 
 def write_report(results: Results, load: Load, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
-    """Writes headline.md, headline.svg and headline.json beside the cells; the latter's content."""
+    """Writes headline.md, headline.svg and headline.json beside the cells; the latter's content.
+
+    SystemExit where there are none, or some were measured by another capacity or profile.
+    """
+    results.refuse_mixed()
     documents = [each for each in results.documents() if each["cell"]["seed"] in seeds]
     if not documents:
         raise SystemExit(f"no cells in {results.folder}; run `cells` first")
@@ -236,11 +260,11 @@ def write_report(results: Results, load: Load, seeds: Sequence[int] = SEEDS) -> 
         "backend": documents[0]["backend"],
         "simulation": documents[0]["simulation"],
         "is_brief": any(each["is_brief"] for each in documents),
-        "hardware_profile": documents[0]["hardware_profile"],
+        **Profiles.of(documents[0]).to_json(),
         "capacity": documents[0]["capacity"],
         "tuned": tuned,
         "commits": sorted({str(each["commit"]) for each in documents}),
-        "versions": documents[0]["versions"],
+        "versions": _versions(documents),
         "cells": len(documents),
         "objectives": [summary(verdict) for verdict in verdicts],
     }
@@ -251,6 +275,15 @@ def write_report(results: Results, load: Load, seeds: Sequence[int] = SEEDS) -> 
         drawn = picture(_title(document), _subtitle(document), panels, columns=2)
         (results.folder / "headline.svg").write_text(drawn, encoding="utf-8")
     return document
+
+
+def _versions(documents: Sequence[Document]) -> dict[str, str | list[str] | None]:
+    """By package; a list where cells differ."""
+    found: dict[str, str | list[str] | None] = {}
+    for name in dict.fromkeys(name for each in documents for name in each["versions"]):
+        values = {each["versions"].get(name) for each in documents}
+        found[name] = values.pop() if len(values) == 1 else sorted(map(str, values))
+    return found
 
 
 def _title(document: Mapping[str, Any]) -> str:
@@ -282,14 +315,26 @@ def _page(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> Iterator[
         f"Protocol: the head of benchmarks/duet.py. Capacity {capacity['prefill_tokens_per_s']:.0f}"
         f" prompt tokens/s; a decode step of the victims alone {capacity['decode_step_ms']:.2f} ms."
         f" Aggregated's tuned budgets: {_budgets(document['tuned'])}."
+        f" Planned by {_planned_by(document)}."
         f" {document['cells']} cells of commit {', '.join(document['commits'])}. Intervals:"
         " 95 %, bootstrap over seeds and blocks of their windows."
     )
     yield ""
+    for name, found in document["versions"].items():
+        if isinstance(found, list):
+            yield f"Cells differ in the version of {name}: {', '.join(found)}."
+            yield ""
     yield "![picture](headline.svg)"
     yield ""
     for verdict, found in zip(verdicts, document["objectives"], strict=True):
         yield from _section(verdict, found)
+
+
+def _planned_by(document: Mapping[str, Any]) -> str:
+    names = [document["hardware_profile"], document["model_profile"]]
+    said = " and ".join(name for name in names if name is not None)
+    digest = document["profile_digest"]
+    return said if digest is None else f"{said} ({digest})"
 
 
 def _budgets(tuned: Mapping[int, int] | None) -> str:
@@ -304,7 +349,7 @@ def _section(verdict: Verdict, found: Mapping[str, Any]) -> Iterator[str]:
     seeds = ", ".join(map(str, verdict.seeds))
     yield f"## Objective {verdict.objective} ms{scaled}, seeds {seeds}"
     yield ""
-    yield _ratio_line(found)
+    yield ratio_line(found)
     yield ""
     yield from _reservations(verdict)
     yield "At the highest rate kept, with 95 % intervals:"
@@ -316,7 +361,7 @@ def _section(verdict: Verdict, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {policy} | none | - | - | - | - |"
             continue
         names = ("rate", "tokens_per_s", "worst", "ttft_p50", "ttft_p99")
-        yield f"| {policy} | {' | '.join(_with_interval(of[name]) for name in names)} |"
+        yield f"| {policy} | {' | '.join(with_interval(of[name]) for name in names)} |"
     yield ""
     yield "All cells; p99 in bold where it breaks the objective:"
     yield ""
@@ -346,7 +391,10 @@ def _section(verdict: Verdict, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reservations(verdict: Verdict) -> Iterator[str]:
-    """What to bear in mind of the highest rates."""
+    """What to bear in mind: of the seeds, and of the highest rates."""
+    for seed in verdict.left_out:
+        yield f"Seed {seed} is left out: it lacks cells that seed {verdict.seeds[0]} has."
+        yield ""
     rates = {policy: set(of) for policy, of in verdict.exact.items()}
     everybody = set.intersection(*rates.values())
     for policy, measured_at in rates.items():
@@ -381,7 +429,8 @@ def _gathered(missing: Sequence[str]) -> list[str]:
     ]
 
 
-def _ratio_line(found: Mapping[str, Any]) -> str:
+def ratio_line(found: Mapping[str, Any]) -> str:
+    """duet beside the best other policy, from a summary."""
     ratio = found.get("ratio")
     if ratio is None:
         return "No ratio: duet or every other policy is missing."
@@ -392,8 +441,8 @@ def _ratio_line(found: Mapping[str, Any]) -> str:
         line = "Nobody keeps the objective."
     else:
         line = (
-            f"duet to the best other, {best}: {_with_interval(ratio['tokens'], 2)} x the"
-            f" tokens/s, {_with_interval(ratio['ttft_p50'], 2)} x the TTFT p50."
+            f"duet to the best other, {best}: {with_interval(ratio['tokens'], 2)} x the"
+            f" tokens/s, {with_interval(ratio['ttft_p50'], 2)} x the TTFT p50."
         )
     if "goal_met" in found:
         met = "met" if found["goal_met"] else "not met"
@@ -476,7 +525,8 @@ def _pair(values: Floats) -> list[float | None] | None:
     return None if found is None else [_plain(each) for each in found]
 
 
-def _with_interval(of: Mapping[str, Any], places: int = 0) -> str:
+def with_interval(of: Mapping[str, Any], places: int = 0) -> str:
+    """A value of a summary and its interval."""
     value = "∞" if of["value"] is None else f"{of['value']:.{places}f}"
     if of["interval"] is None:
         return value

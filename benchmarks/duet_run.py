@@ -38,6 +38,7 @@ from duet_cells import (  # noqa: E402
 )
 from duet_load import Load, attackers, random_prompt  # noqa: E402
 from duet_measure import Window, account, observe  # noqa: E402
+from duet_profiles import Profiles  # noqa: E402
 from gpu.building import build_launcher, load_launcher  # noqa: E402
 from gpu.report import versions  # noqa: E402
 
@@ -66,7 +67,7 @@ _LAST_LOOK_S = 0.5
 class Task:
     """What one process does. cells: pairs of rate and seed; none: it measures the capacity.
 
-    capacity: see `measure_capacity`. hardware_profile: a name or file.
+    capacity: see `measure_capacity`.
     """
 
     backend: str
@@ -74,7 +75,7 @@ class Task:
     variant: Variant
     cells: tuple[tuple[int, int], ...]
     capacity: Mapping[str, float] | None
-    hardware_profile: str
+    profiles: Profiles
     is_brief: bool
     seconds: float
     command: str
@@ -84,6 +85,7 @@ class Task:
         """Reads what `json.dumps(asdict(task))` wrote."""
         values = json.loads(text)
         values["variant"] = Variant(**values["variant"])
+        values["profiles"] = Profiles(**values["profiles"])
         values["cells"] = tuple((rate, seed) for rate, seed in values["cells"])
         return cls(**values)
 
@@ -140,13 +142,13 @@ class Crowd:
         self.clear()
 
     def clear(self) -> None:
-        """Ends whoever is in no place, and waits until they are gone."""
+        """Ends whoever is in no place, and waits as in `wait` until they are gone."""
         for name in list(self._live):
             if name.rpartition("-")[0] not in self._places:
                 self._engine.abort(name)
-        self.run(
-            _PATIENCE_S,
-            until=lambda: all(name.rpartition("-")[0] in self._places for name in self._live),
+        self.wait(
+            "those that were aborted have not gone",
+            lambda: all(name.rpartition("-")[0] in self._places for name in self._live),
         )
 
     def forget(self) -> None:
@@ -174,6 +176,15 @@ class Crowd:
             if left <= 0 and wake == end:
                 return
             self._wait(max(0.0, min(left, _LOOK_S)))
+
+    def wait(self, otherwise: str, until: Callable[[], bool]) -> None:
+        """Until it is so; SystemExit says what is not, if it does not come true in two minutes."""
+        self.run(_PATIENCE_S, until=until)
+        if not until():
+            raise SystemExit(
+                f"duet_run.py: {otherwise} within {_PATIENCE_S:.0f} s; call it again when the"
+                " machine has less to do"
+            )
 
     def tokens_of(self, names: Iterable[str]) -> int:
         """Of attackers' prompts."""
@@ -215,12 +226,15 @@ class Crowd:
 
 
 class Experiment:
-    """An engine that has started, and its victims. start_s: seconds until all of them decoded."""
+    """An engine that has started, and its victims.
+
+    start_s: seconds that it took to start; after `fill`, until all victims decoded.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self._began = time.monotonic()
-        self.start_s = 0.0
+        self.commit = commit()
         self.backend: Backend = find(task.backend, is_brief=task.is_brief)
         self.load: Load = self.backend.load
         self.config = self._config()
@@ -229,10 +243,12 @@ class Experiment:
         self.engine.watch(self.config.watchdog_s)
         gc.collect()
         gc.freeze()  # as the server does
+        self.start_s = round(time.monotonic() - self._began, 2)
 
     def _config(self) -> EngineConfig:
         variant, load = self.task.variant, self.load
-        named = self.task.hardware_profile
+        out = Path(self.task.out)
+        named = self.task.profiles.hardware_in(out)
         plans = variant.policy in PLANS_BY_OBJECTIVE
         return EngineConfig(
             policy=variant.policy,
@@ -243,6 +259,7 @@ class Experiment:
             page_size=load.page,
             tbt_slo_ms=self._objective_ms() if plans else PLANS_BY_NONE_MS,
             hardware_profile=named if plans or self.backend.is_simulation else None,
+            model_profile=self.task.profiles.model_in(out) if plans else None,
             device="sim" if self.backend.is_simulation else "auto",
         )
 
@@ -272,7 +289,9 @@ class Experiment:
         for index in range(load.victims):
             self.crowd.keep(f"victim{index}", partial(self._victim, index))
         names = {f"victim{index}-0" for index in range(load.victims)}
-        self.crowd.run(_PATIENCE_S, until=lambda: names <= self.crowd.first_tokens())
+        self.crowd.wait(
+            "not every victim has had a token", lambda: names <= self.crowd.first_tokens()
+        )
         self.start_s = round(time.monotonic() - self._began, 2)
 
     def _victim(self, index: int, generation: int) -> NewRequest:
@@ -353,9 +372,9 @@ def _head(experiment: Experiment) -> dict[str, Any]:
         "is_brief": task.is_brief,
         "start_s": experiment.start_s,
         "rung": str(experiment.engine.rung),
-        "hardware_profile": task.hardware_profile,
+        **task.profiles.to_json(),
         "command": task.command,
-        "commit": commit(),
+        "commit": experiment.commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
@@ -374,10 +393,11 @@ def _spread(values: list[float]) -> dict[str, float | int]:
 def measure_capacity(experiment: Experiment) -> dict[str, Any]:
     """Prompt tokens/s with nothing else to do; and a decode step of the victims, alone.
 
-    objective_scale: what an objective's milliseconds are multiplied by.
+    objective_scale: what an objective's milliseconds are multiplied by. start_s: of the engine
+    alone. SystemExit says what was not seen.
     """
+    head = _head(experiment)
     crowd, load, timing = experiment.crowd, experiment.load, experiment.task.timing
-    seconds = timing.settle + timing.window
     lengths = attackers(load, load.mean_prompt * 1e4, 1.0, CAPACITY_SEED)
 
     def prefiller(place: int, number: int) -> NewRequest:
@@ -388,27 +408,38 @@ def measure_capacity(experiment: Experiment) -> dict[str, Any]:
 
     for place in range(PREFILLING):
         crowd.keep(f"prompt{place}", partial(prefiller, place))
-    crowd.run(seconds)
-    now = time.monotonic()
-    window = Window(now - timing.window, now, 1, now)
+    crowd.run(timing.settle)
+    start = time.monotonic()
+    crowd.run(timing.window)
+    crowd.wait(
+        "no launch with prompts has ended",
+        lambda: any(each.prompt_tokens and each.ended > start for each in crowd.launches),
+    )
+    end = time.monotonic()
+    window = Window(start, end, 1, end)
     observed = observe(tuple(crowd.seen), tuple(crowd.launches), {}, window)
     crowd.leave()
     experiment.fill()
     crowd.forget()
     crowd.run(timing.warm_up + timing.settle)
-    steps = [
-        launch.measured_ms / launch.k
-        for launch in crowd.launches
-        if launch.decode_rows == load.victims and not launch.prompt_tokens
-    ]
+    crowd.wait(
+        "not all victims have decoded at once, with no prompt beside them",
+        lambda: any(_is_decoding(each, load) for each in crowd.launches),
+    )
+    steps = [each.measured_ms / each.k for each in crowd.launches if _is_decoding(each, load)]
     step_ms = _spread(steps)["p50"]
     scale = step_ms / REFERENCE_STEP_MS if experiment.backend.is_scaled else 1.0
-    prefill = observed.blocks[0].prompt_tokens / timing.window
-    return _head(experiment) | {
+    prefill = observed.blocks[0].prompt_tokens / (end - start)
+    return head | {
         "prefill_tokens_per_s": round(prefill, 1),
         "decode_step_ms": round(step_ms, 4),
         "objective_scale": round(scale, 6),
     }
+
+
+def _is_decoding(launch: CompletedLaunch, load: Load) -> bool:
+    """Whether it was of all victims alone."""
+    return launch.decode_rows == load.victims and not launch.prompt_tokens
 
 
 def main() -> None:
@@ -416,11 +447,13 @@ def main() -> None:
     task = Task.from_json(sys.argv[1])
     began, results = time.monotonic(), Results(Path(task.out))
     experiment = Experiment(task)
-    if not task.cells:
-        results.write("capacity", measure_capacity(experiment))
-    else:
-        run_cells(experiment, results, began + task.seconds)
-    experiment.engine.shutdown(timeout=30)
+    try:
+        if not task.cells:
+            results.write("capacity", measure_capacity(experiment))
+        else:
+            run_cells(experiment, results, began + task.seconds)
+    finally:
+        experiment.engine.shutdown(timeout=30)
 
 
 def run_cells(experiment: Experiment, results: Results, deadline: float) -> None:

@@ -4,7 +4,8 @@
 
 Each item runs in a process of its own under a time limit, so that one that hangs or crashes costs
 only itself, and prints a line PASS, FAIL or SKIP with its figures. DIR/<gpu>/launcher.json has all
-of it and is renewed after every item. Last line: one JSON document. Exits with 1 if an item failed.
+of it and is renewed after every item. Last line: one JSON document. Exits with 4 if an item failed,
+with 3 if --total-s has left some to a call with --resume.
 Needs jax, flax, numpy, ml_dtypes, gcc, Python's headers and the CUDA driver. Without a GPU:
 --backend fake runs what needs no XLA on one against the driver's double, --backend host what lanes
 on a processor can show; their figures mean nothing.

@@ -44,7 +44,7 @@ def write_report(documents: Sequence[Mapping[str, Any]]) -> Path:
         for document in documents
         if (cell := document["cell"])["policy"] == "duet" and not cell["variant"]
     }
-    text = "\n".join([*_head(len(documents), commits), *_verdict(found, loads)])
+    text = "\n".join([*_head(len(documents), commits), *_section(found, loads)])
     for model, trace in loads:
         text += "\n" + "\n".join(_load(found, beside, model, trace))
     report = DOCS / "study.md"
@@ -107,7 +107,14 @@ def _head(cells: int, commits: Sequence[str]) -> Iterator[str]:
     yield ""
 
 
-def _verdict(found: Found, loads: Sequence[tuple[str, str]]) -> Iterator[str]:
+def _section(found: Found, loads: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield "## What it says"
+    yield ""
+    yield from verdict(found, loads)
+    yield ""
+
+
+def verdict(found: Found, loads: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Where duet wins and where not, counted."""
     wins, ties, losses, ideal = [], [], [], []
     for model, trace in loads:
@@ -124,8 +131,6 @@ def _verdict(found: Found, loads: Sequence[tuple[str, str]]) -> Iterator[str]:
             where.append(f"{case} ({ratio:.2f} x)")
             if (model, trace, "duet", "ideal", ms) in found:
                 ideal.append((rates["duet", "ideal"] / baseline, case))
-    yield "## What it says"
-    yield ""
     yield f"- duet serves more than both baselines in {len(wins)} cases: {_listed(wins)}."
     yield f"- It serves as much (within 2 %) in {len(ties)}: {_listed(ties)}."
     yield f"- It serves less in {len(losses)}: {_listed(losses)}."
@@ -136,7 +141,6 @@ def _verdict(found: Found, loads: Sequence[tuple[str, str]]) -> Iterator[str]:
             "- The ceiling: without contention and with FLOP/s in proportion to SMs it would serve"
             f" more in {better} of {len(ideal)} cases, at most {best:.2f} x ({case})."
         )
-    yield ""
 
 
 def _load(found: Found, beside: Mapping[Any, Any], model: str, trace: str) -> Iterator[str]:

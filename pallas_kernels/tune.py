@@ -1,5 +1,7 @@
 """`python -m pallas_kernels.tune`: measures tunings on this machine's GPU and writes the table.
 
+--out FILE has what was measured beside what the table has, and leaves the package as it is.
+
 For each shape the fastest of a few dozen candidates, found one field after another: of decode at 64
 rows of 4096 keys, of prefill at a prompt of 8192. Chunks and steps change results in their last
 bits; chunks are left alone unless asked for.
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         tuning, found = fastest(case, device.core_count, with_chunk=options.chunk)
         source = f"measured on {device.device_kind}, jax {jax.__version__}: {found}"
         table[case] = Entry(tuning, datetime.now(UTC).date().isoformat(), source)
-        TABLE.write_text(table_text(table), encoding="utf-8")
+        options.out.write_text(table_text(table), encoding="utf-8")
     return 0
 
 
@@ -120,6 +123,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page-size", type=int, nargs="+", choices=PAGE_SIZES, default=[64])
     parser.add_argument("--dtype", nargs="+", choices=WIDE_DTYPES, default=["bfloat16"])
     parser.add_argument("--chunk", action="store_true", help="tune what changes bits, too")
+    parser.add_argument("--out", type=Path, default=TABLE, help="in place of the package's table")
     return parser.parse_args(arguments)
 
 

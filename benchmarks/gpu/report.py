@@ -19,7 +19,10 @@ from gpu.items import Outcome
 from gpu.running import Finding
 
 LINES_SHOWN = 12
-LEFT_OVER = 3
+LEFT_OVER, FAULTS_FOUND = 3, 4
+"""How a call ends that left something for the next, and one that tried all and found faults; a
+Python that breaks down ends with 1.
+"""
 
 
 class Report:
@@ -45,9 +48,12 @@ class Report:
         print(f"{gpu['name']}, driver {gpu['driver']}, launcher {launcher}", flush=True)
 
     def resume(self) -> None:
-        """Takes over what an earlier call has found here, however it came out."""
+        """Takes over what earlier calls have found here, however it came out; says which calls."""
         with suppress(FileNotFoundError):
-            self._items = json.loads(self._file.read_text(encoding="utf-8"))["items"]
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            self._items = found["items"]
+            call = {name: found[name] for name in ("command", "commit", "date")}
+            self._head["earlier"] = [*found.get("earlier", ()), call]
 
     def has(self, name: str) -> bool:
         """Whether it is known already."""
@@ -65,7 +71,7 @@ class Report:
         self._write()
 
     def conclude(self) -> int:
-        """Prints the JSON line; returns the exit code: 1 if an item failed, 3 if some are left."""
+        """Prints the JSON line; returns the exit code: 3 if items are left, 4 if one failed."""
         outcomes = {name: item["outcome"] for name, item in self._items.items()}
         failed = [name for name, outcome in outcomes.items() if outcome == Outcome.FAIL]
         print(f"written to {self._file}")
@@ -73,7 +79,7 @@ class Report:
         print(json.dumps({**self._head, "outcomes": outcomes, "failed": failed, "figures": brief}))
         if not self.is_whole:
             return LEFT_OVER
-        return 1 if failed else 0
+        return FAULTS_FOUND if failed else 0
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ CLIENTS = {
     "openai_client.py": ("demo", "locked", "narrow"),
     "aiperf_client.py": ("demo", "h200"),
     "schemathesis_client.py": ("small", "strict", "narrow"),
+    "page_client.py": ("demo", "h200", "locked"),
 }
 
 

@@ -137,7 +137,8 @@ def test_a_request_without_an_answer_is_given_up_after_its_time(alphabet):
         alphabet.engine.executor.release()
         found = running.result(PATIENCE)
     assert found["errors_by_code"] == {"timeout": 1}
-    assert alphabet.engine.aborted == alphabet.engine.submitted
+    assert len(alphabet.engine.aborted) == 1
+    assert alphabet.engine.submitted in ([], alphabet.engine.aborted)  # []: the time was up before
 
 
 def test_an_engine_that_dies_fails_what_it_had(alphabet):

@@ -171,7 +171,7 @@ def launch(began, ended, tokens, lane=Lane.WHOLE, split=None, k=1):
     program = Program.PREFILL if tokens else Program.DECODE
     return CompletedLaunch(
         *(1, lane, split, program, 64, k, 8, 1, tokens, "why", None, 1e3 * (ended - began)),
-        *(began, ended, 8, 0, 100),
+        *(began, ended, 8, 0, 100, (), 0, ()),
     )
 
 
@@ -348,11 +348,34 @@ def test_duet_alone_keeps_the_objective():
     assert found["policies"]["aggregated"]["tokens_per_s"]["value"] == 0
 
 
-def test_a_rate_counts_with_all_its_seeds_only():
+def test_a_seed_counts_with_all_cells_that_any_has(tmp_path):
     documents = planted(lambda *_: 20.0, duet_wins, lambda *_: 9.0, leave_out={("duet", 125, 1)})
     verdict = judge(documents, 25, TUNED, LOAD)
     assert verdict.missing == ("duet_8192_25ms_rate125_seed1",)
-    assert summary(verdict)["policies"]["duet"]["rate"]["value"] == 100
+    assert (verdict.seeds, verdict.left_out) == ((0, 2), (1,))
+    assert summary(verdict)["policies"]["duet"]["rate"]["value"] == 125
+    page = written(Results(tmp_path), documents)[1]
+    assert "Seed 1 is left out: it lacks cells that seed 0 has." in page
+
+
+def test_an_objective_has_the_seeds_of_its_own_cells(tmp_path):
+    planted_of = (lambda *_: 10.0), duet_wins, lambda *_: 9.0
+    documents = planted(*planted_of) + planted(*planted_of, seeds=(0,), objective=50)
+    found = written(Results(tmp_path), documents)[0]
+    assert [each["objective"] for each in found["objectives"]] == [25, 50]
+    assert [each["seeds"] for each in found["objectives"]] == [[0, 1, 2], [0]]
+    assert all(set(each["policies"]) == set(POLICIES) for each in found["objectives"])
+
+
+def test_no_cell_takes_a_row_away():
+    planted_of = (lambda *_: 10.0), duet_wins, lambda *_: 9.0
+    documents, rows = planted(*planted_of), 0
+    random.Random(3).shuffle(documents)
+    for count in range(1, len(documents) + 1):
+        verdict = judge(documents[:count], 25, TUNED, LOAD)
+        before, rows = rows, sum(len(rates) for rates in verdict.groups.values())
+        assert rows >= before
+    assert (rows, verdict.seeds) == (len(POLICIES) * len(RATES), (0, 1, 2))
 
 
 def test_seeds_that_nobody_measured_are_missing():
@@ -426,6 +449,48 @@ def test_rates_that_only_some_were_measured_at_are_said(tmp_path):
     assert "duet was measured at 125 % as well, not every other policy." in page
     assert "duet keeps 125 %, but breaks the objective at 50 %." in page
     assert "- aggregated_1024, seed 2, rates 125" in page
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda each: each["capacity"].update(objective_scale=1.5),
+        lambda each: each["capacity"].update(prefill_tokens_per_s=1e4),
+        lambda each: each.update(hardware_profile="h100-sxm"),
+        lambda each: each.update(model_profile="model-profile.json"),
+        lambda each: each.update(profile_digest="0123"),
+    ],
+)
+def test_cells_of_another_capacity_or_profile_are_refused(tmp_path, harm):
+    documents = planted(lambda *_: 20.0, duet_wins, lambda *_: 9.0)
+    harm(documents[-1])
+    with pytest.raises(SystemExit, match=r"; delete static-split_8192_rate125_seed2\.json$"):
+        written(Results(tmp_path), documents)
+
+
+def test_cells_of_an_earlier_capacity_are_refused(tmp_path):
+    results = Results(tmp_path)
+    documents = planted(lambda *_: 20.0, duet_wins, lambda *_: 9.0)[:2]
+    newer = documents[0]["capacity"] | {"hardware_profile": "h200-sxm", "objective_scale": 2.0}
+    results.write("capacity", newer)
+    results.write("tuned", {"budgets": TUNED, "capacity": documents[0]["capacity"]})
+    for each in documents:
+        results.write(cell_of(each).name, each)
+    with pytest.raises(SystemExit) as refused:
+        results.refuse_mixed()
+    for name in (*(cell_of(each).name for each in documents), "tuned"):
+        assert f"{name}.json" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_versions_that_differ_are_said(tmp_path):
+    documents = planted(lambda *_: 20.0, duet_wins, lambda *_: 9.0)
+    for each in documents:
+        each["versions"] = {"jax": "0.11.2", "flax": None}
+    documents[3]["versions"] = {"jax": "0.12.0", "flax": None}
+    found, page = written(Results(tmp_path), documents)
+    assert found["versions"] == {"jax": ["0.11.2", "0.12.0"], "flax": None}
+    assert "Cells differ in the version of jax: 0.11.2, 0.12.0." in page
 
 
 def test_no_cells_make_no_report(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu_check.py"
 DRIVER_ONLY = ["E0", "E2", "E3e", "E5", "E6", "E7", "E8"]
 XLA = ["J2", "J4", "J3", "E4J5", "D1", "S1", "L2lists", "L2streams", "L2mosaic"]
+FAULTS_FOUND = 4
 LANES = ["L1", "L2", "L3", "L4"]  # tried in tests/cpu/test_gpu_check_lanes.py
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -65,7 +66,7 @@ def test_every_item_that_needs_no_jax_passes_on_the_double(check, tmp_path):
 
 def test_a_failure_costs_one_item_and_says_what_was_seen(check, tmp_path):
     done = check("--only", "E0,E5", fail="cuGraphLaunch:1")
-    assert done.returncode == 1
+    assert done.returncode == FAULTS_FOUND
     assert lines(done, "FAIL") == ["E5"]
     assert lines(done, "PASS") == ["E0"]
     written = json.loads((tmp_path / "fake/launcher.json").read_text())
@@ -76,7 +77,7 @@ def test_a_failure_costs_one_item_and_says_what_was_seen(check, tmp_path):
 
 def test_an_item_that_hangs_is_given_up_and_says_where_it_was(check, tmp_path):
     done = check("--only", "stuck,E7")
-    assert done.returncode == 1
+    assert done.returncode == FAULTS_FOUND
     assert lines(done, "FAIL") == ["stuck"]
     assert lines(done, "PASS") == ["E7"]
     assert "given up after" in done.stdout
@@ -87,7 +88,7 @@ def test_an_item_that_hangs_is_given_up_and_says_where_it_was(check, tmp_path):
 
 def test_an_item_that_crashes_is_told_by_its_signal(check):
     done = check("--only", "crash,E7")
-    assert done.returncode == 1
+    assert done.returncode == FAULTS_FOUND
     assert lines(done, "FAIL") == ["crash"]
     assert lines(done, "PASS") == ["E7"]
     assert "died of SIGSEGV" in done.stdout
