@@ -24,7 +24,7 @@ from duetjax.devices import Place, find_device
 from duetjax.policy.memory import DeviceMemory, kv_bytes
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 from duetjax.policy.shape_profile import shape_profile
-from duetjax.profile_files import by_name, find_hardware
+from duetjax.profile_files import by_name, find_hardware, make_folder
 from duetjax.progress import progress_bar
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.hlo_text import instructions
@@ -113,7 +113,8 @@ def compile_model(request: CompileRequest, engine: EngineConfig) -> Compiled:
 
     Raises `DuetJAXError` with one line for whatever the caller can mend, most of it at once.
     """
-    _check_folder(request.out)
+    if request.out is not None:
+        make_folder(request.out)
     source = resolve_model(request.model, load_format="dummy")
     config = _shard(source.config, request)
     place, gpu = _place(request.gpu, engine)
@@ -150,18 +151,6 @@ def engine_for(
         "max_num_batched_tokens": usual.max_num_batched_tokens if tokens is None else tokens,
     }
     return EngineConfig(**{**settings, **sizes})
-
-
-def _check_folder(out: Path | None) -> None:
-    """Made before the minutes of compiling, not after them."""
-    if out is None:
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}; name another folder") from error
-    if not os.access(out, os.W_OK):
-        raise ConfigError(f"--out {out}: no folder to write to; name another")
 
 
 def _shard(config: ModelConfig, request: CompileRequest) -> ModelConfig:

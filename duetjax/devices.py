@@ -166,6 +166,11 @@ def find_device(engine: EngineConfig) -> Device:
     return Host(engine, target) if target.platform == "cpu" else Gpu(engine, target)
 
 
+def memory_share() -> float:
+    """Which share of a GPU's memory XLA takes; after `find_device`, which decides it."""
+    return float(next(filter(None, map(os.environ.get, _FRACTIONS)), 1.0))
+
+
 class Host:
     """The processor."""
 

@@ -7,7 +7,7 @@ import re
 
 import jax
 
-from duetjax.devices import Device
+from duetjax.devices import Device, memory_share
 from duetjax.host import host_memory
 from duetjax.policy.profiles import Basis, HardwareProfile, Origin
 from duetjax.profile_files import Kind, read_hardware_profile, shipped, shipped_file
@@ -18,6 +18,8 @@ from duetjax.runtime.host_rates import host_profile, host_rates
 _log = logging.getLogger(__name__)
 
 _REPEATS = 5
+_ALIKE = 0.1
+"""So much the memory of two GPUs of a kind may differ, as counted by one or another."""
 _FORM = {"sxm", "80gb"}
 """Words of a profile's name that are in no device's."""
 _UNKNOWN = {
@@ -43,16 +45,21 @@ def measure_hardware(device: Device) -> HardwareProfile:
     del loads
     gc.collect()  # an engine plans with all of the memory
     kind = jax.devices()[0].device_kind
-    return gpu_profile(kind, rates, device.memory, shipped_like(kind, rates.curve[-1].cores))
+    known = shipped_like(kind, rates.curve[-1].cores, device.memory / memory_share())
+    return gpu_profile(kind, rates, device.memory, known)
 
 
-def shipped_like(kind: str, cores: int) -> HardwareProfile | None:
-    """The shipped profile of a GPU that calls itself `kind`; None where there is none."""
+def shipped_like(kind: str, cores: int, memory: float) -> HardwareProfile | None:
+    """The shipped profile of a GPU that calls itself `kind`; None where there is none.
+
+    memory: bytes, all of the GPU's, of which a GPU with the same name may have half.
+    """
     words = set(_slug(kind).split("-"))
     for name in shipped(Kind.HARDWARE):
         if set(name.split("-")) - _FORM <= words:
             found = read_hardware_profile(shipped_file(Kind.HARDWARE, name))
-            if found.cores == cores:
+            is_as_large = abs(memory / found.memory_bytes - 1) <= _ALIKE
+            if found.cores == cores and is_as_large:
                 return found
     return None
 
@@ -75,6 +82,9 @@ def gpu_profile(
         if name in values:
             values[name] = max(values[name], 1.0)
     told = {name: Origin(Basis.MEASURED, source) for name, source in _sources(kind).items()}
+    if not rates.are_shares_told:
+        assumed = Origin(Basis.ASSUMED, "a share of any GPU with green contexts; not told by this")
+        told |= dict.fromkeys(_SHARES, assumed)
     unknown = {**_UNKNOWN, "memory_bytes": memory}
     origins = {name: told[name] for name in (*values, *_CURVE)}
     for name in unknown:
@@ -91,6 +101,7 @@ def gpu_profile(
     )
 
 
+_SHARES = ("core_step", "min_decode_cores", "min_prefill_cores")
 _CURVE = ("curve_cores", "curve_flops_per_s", "curve_bytes_per_s")
 
 
@@ -102,7 +113,7 @@ def _sources(kind: str) -> dict[str, str]:
     size, copied = gpu_rates.PRODUCT_SIZE, gpu_rates.COPY_BYTES >> 20
     beside = "a copy for decode beside a product for prefill, the median over some splits"
     return {
-        **dict.fromkeys(("cores", "core_step", "min_decode_cores", "min_prefill_cores"), shares),
+        **dict.fromkeys(("cores", *_SHARES), shares),
         "contention_decode": beside,
         "contention_prefill": beside,
         "launch_us": "replay of one recorded kernel, waited for",

@@ -5,11 +5,12 @@ without attention; launches of all kinds, half of them held out; a fit to the ot
 are those that `serve`, `simulate` and `explain` read.
 """
 
-import contextlib
 import json
 import logging
 import math
+import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,18 +22,18 @@ from duetjax.build_device import Prepared, prepare
 from duetjax.calibration_file import CalibrationFile
 from duetjax.checkpoint.source import LoadFormat, resolve_model
 from duetjax.config import ConfigError, DeviceName, DuetJAXError, EngineConfig, PolicyName
-from duetjax.devices import find_device
+from duetjax.devices import Runner, find_device
 from duetjax.measured_hardware import measure_hardware
 from duetjax.policy.calibration import FIRST_FACTOR, Calibration
-from duetjax.policy.fit import Correction, Timed, fitted, taught
+from duetjax.policy.fit import FEWEST, Correction, Timed, fitted, taught
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.grid import Case, Grid, repeats
 from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
-from duetjax.profile_files import find_hardware
-from duetjax.profile_report import Point, ProfileReport, draw
+from duetjax.profile_files import find_hardware, make_folder
+from duetjax.profile_report import Point, ProfileReport, draw, points_document
 from duetjax.progress import progress_bar
-from duetjax.runtime.case_timer import CaseTimer, Timing
+from duetjax.runtime.case_timer import CaseTimer, DeviceHangs, Timing
 from duetjax.runtime.measured_profile import measured_profile
 from duetjax.runtime.rungs import Rung
 from duetjax.whole_file import write_whole
@@ -43,9 +44,10 @@ NUM_POINTS = 1120
 """Half of them are held out: over 500."""
 _AGAIN = 0.12
 """Of the cases, timed a second time: what a perfect prediction would be wrong by."""
-_MOST_MINUTES = 600.0
+_MOST_MINUTES, _MOST_POINTS = 600.0, 100_000
 _LEAST_SHARE = 0.3
 """Of the time, for launches, however long the rest has taken."""
+_CLOSING_S = 30.0
 _MEASURED = "-measured"
 HARDWARE_FILE, MODEL_FILE = "hardware-profile.json", "model-profile.json"
 POINTS_FILE, PICTURE_FILE = "points.json", "errors.svg"
@@ -53,25 +55,33 @@ POINTS_FILE, PICTURE_FILE = "points.json", "errors.svg"
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """The flags of `duetjax profile` beside the engine's. out: None is a folder named for both."""
+    """The flags of `duetjax profile` beside the engine's. out: None is a folder named for both.
+
+    points: to be timed however long that takes; None: as many as the minutes allow.
+    """
 
     model: str | None = None
     load_format: str = LoadFormat.DUMMY
     out: Path | None = None
     minutes: float = 5.0
+    points: int | None = None
 
 
 def profile(request: ProfileRequest, engine: EngineConfig) -> ProfileReport:
     """Takes about as many minutes as asked for, beside loading and compiling; writes the files.
 
-    Raises `DuetJAXError` with one line for whatever the caller can mend.
+    Ctrl-C and errors while launches are timed end that: what there is by then is fitted, and the
+    report says what ended it. They are raised where it does not suffice, with the launches written.
+    Raises `DuetJAXError` with one line for whatever the caller can mend, `DeviceHangs` where the
+    process would not end by itself.
     """
     began = time.monotonic()
     _check(request, engine)
     source = resolve_model(request.model, load_format=request.load_format)
     _log.info(source.description)
+    make_folder(request.out or Path())
     hardware = _hardware(engine)
-    folder = _folder(request, hardware, source.name)
+    folder = request.out or Path(f"profile-{hardware.name}-{source.name.replace('/', '-')}")
     _write(folder / HARDWARE_FILE, hardware.to_json())
     engine = replace(engine, hardware_profile=folder / HARDWARE_FILE)
     if engine.policy != PolicyName.STATIC_SPLIT:
@@ -82,7 +92,15 @@ def profile(request: ProfileRequest, engine: EngineConfig) -> ProfileReport:
     model = _model(ready, engine, hardware)
     rest = 60 * request.minutes - (time.monotonic() - began)
     seconds = max(rest, 60 * request.minutes * _LEAST_SHARE)
-    found = _Session(ready, model, hardware, engine).timed(seconds, source.config.vocab_size)
+    session = _Session(ready, model, hardware, engine)
+    found = session.timed(
+        source.config.vocab_size,
+        request.points or NUM_POINTS,
+        seconds if request.points is None else math.inf,
+    )
+    _write(folder / POINTS_FILE, points_document(model.model, hardware.name, found.points))
+    if not (isinstance(found.stopped_by, DeviceHangs) or _closed(ready.executor)):
+        found.stopped_by = DeviceHangs("the device hangs, and cannot be closed")
     report = _report(folder, model, hardware, found)
     _write_all(report, ready.calibrations)
     return report
@@ -97,6 +115,8 @@ def _check(request: ProfileRequest, engine: EngineConfig) -> None:
         raise ConfigError(
             f"--minutes {request.minutes:g}: give a number above 0, and at most {_MOST_MINUTES:g}"
         )
+    if request.points is not None and not 0 < request.points <= _MOST_POINTS:
+        raise ConfigError(f"--points {request.points}: give a number from 1 to {_MOST_POINTS}")
 
 
 def _hardware(engine: EngineConfig) -> HardwareProfile:
@@ -108,15 +128,6 @@ def _hardware(engine: EngineConfig) -> HardwareProfile:
         _log.info("measuring what parts of %s reach", device.target.name)
         found = measure_hardware(device)
     return replace(found, name=found.name.removesuffix(_MEASURED) + _MEASURED)
-
-
-def _folder(request: ProfileRequest, hardware: HardwareProfile, model: str) -> Path:
-    folder = request.out or Path(f"profile-{hardware.name}-{model.replace('/', '-')}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: {error.strerror}; name another folder") from error
-    return folder
 
 
 def _model(ready: Prepared, engine: EngineConfig, hardware: HardwareProfile) -> ModelProfile:
@@ -143,22 +154,36 @@ class _Session:
         self._grid = Grid(ready.limits, splits, foretold, not device.is_host, engine.seed)
         self._dice = Random(engine.seed)
 
-    def timed(self, seconds: float, vocab_size: int) -> "_Found":
-        """As many launches as there is time for; the executor is closed then."""
-        grid, ready = self._grid, self._ready
-        cases = grid.cases(NUM_POINTS, 800.0 * seconds)
+    def timed(self, vocab_size: int, num_points: int, seconds: float) -> "_Found":
+        """So many points, or as many as there is time for; what is in flight then may be."""
+        grid = self._grid
+        cases = grid.cases(num_points, 800.0 * seconds)
         again = self._dice.sample(cases, math.ceil(_AGAIN * len(cases)))
         todo = [*cases, *again]
         self._dice.shuffle(todo)
-        _log.info("timing %d launches or pairs of launches, %.0f s at most", len(todo), seconds)
-        timer = CaseTimer(ready.executor, grid.limits, grid.steps, vocab_size)
+        most = "" if math.isinf(seconds) else f", {seconds:.0f} s at most"
+        _log.info("timing %d launches or pairs of launches%s", len(todo), most)
+        timer = CaseTimer(self._ready.executor, grid.limits, grid.steps, vocab_size)
         found = _Found([], [])
+        try:
+            self._time(todo, timer, seconds, found)
+        except KeyboardInterrupt as stop:
+            found.stopped_by = stop
+        except DuetJAXError as error:
+            found.stopped_by = error
+        except Exception as error:  # whatever a device dies of
+            found.stopped_by = DuetJAXError(f"launches can no longer be timed: {error!r}")
+        if found.stopped_by is not None:
+            _log.warning("stopped before its end, with %d launches timed", len(found.points))
+        return found
+
+    def _time(
+        self, todo: Sequence[Case], timer: CaseTimer, seconds: float, found: "_Found"
+    ) -> None:
+        """One after another, until time is up."""
         first: dict[Case, list[Timing | None]] = {}
         ends = time.monotonic() + seconds
-        with (
-            contextlib.closing(ready.executor),
-            progress_bar(len(todo), "launches", "launch") as bar,
-        ):
+        with progress_bar(len(todo), "launches", "launch") as bar:
             for case in todo:
                 if time.monotonic() > ends:
                     _log.warning("time is up; --minutes gives more")
@@ -170,7 +195,6 @@ class _Session:
                     first[case] = timings
                     found.points += _points(case, timings)
                 bar.update()
-        return found
 
     def _wanted(self, case: Case) -> list[int]:
         """How many steps of each shape are timed."""
@@ -181,10 +205,22 @@ class _Session:
 
 @dataclass(slots=True)
 class _Found:
-    """What was timed. twice: milliseconds of what was timed two times."""
+    """What was timed. twice: milliseconds of what was timed two times.
+
+    stopped_by: what ended it too early: Ctrl-C, or an error of one line.
+    """
 
     points: list[Point]
     twice: list[tuple[float, float]]
+    stopped_by: KeyboardInterrupt | DuetJAXError | None = None
+
+
+def _closed(executor: Runner) -> bool:
+    """Closes it, in a thread that can be left behind; whether that has ended in time."""
+    closing = threading.Thread(target=executor.close, name="duetjax-closing", daemon=True)
+    closing.start()
+    closing.join(_CLOSING_S)
+    return not closing.is_alive()
 
 
 def uncorrected(hardware: HardwareProfile) -> Correction:
@@ -224,8 +260,11 @@ def _report(
     """Fits to what is not held out."""
     points = found.points
     taught_by = [each.timed for each in points if not each.is_held_out]
-    if not taught_by or len(taught_by) == len(points):
-        raise DuetJAXError(f"only {len(points)} launches could be timed; give more --minutes")
+    kinds = Counter((each.step.lane, each.step.program) for each in taught_by)
+    if max(kinds.values(), default=0) < FEWEST or len(taught_by) == len(points):
+        raise found.stopped_by or DuetJAXError(
+            f"only {len(points)} launches could be timed; give more --minutes, or --points"
+        )
     correction = fitted(model, hardware, taught_by)
     all_timed = [each.timed for each in points]
     one, other = np.array(found.twice or [(1.0, math.nan)]).T
@@ -238,6 +277,7 @@ def _report(
         foretold_before=uncorrected(hardware).foretold(model, all_timed),
         foretold=correction.foretold(model, all_timed),
         noise=np.abs(one - other) / other / math.sqrt(2.0),
+        stopped_by=found.stopped_by,
     )
 
 

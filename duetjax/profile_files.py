@@ -58,6 +58,16 @@ def find_hardware(named: str | Path, flag: str) -> HardwareProfile:
     return read_hardware_profile(Path(named))
 
 
+def make_folder(out: Path) -> None:
+    """Before minutes of work that are to be written there; `ConfigError` if they could not be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; name another folder") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"--out {out}: no folder to write to; name another")
+
+
 def _folder(kind: Kind) -> Path:
     return Path(str(importlib.resources.files("duetjax.presets"))) / kind
 

@@ -35,7 +35,7 @@ class ProfileReport:
     """Everything found. noise [M]: of what was timed twice, what a perfect prediction would miss.
 
     before, after: what foretells, without and with the fit. foretold_before, foretold [N]:
-    milliseconds of every point.
+    milliseconds of every point. stopped_by: what ended the timing of launches too early.
     """
 
     folder: Path
@@ -46,6 +46,7 @@ class ProfileReport:
     foretold_before: Floats
     foretold: Floats
     noise: Floats
+    stopped_by: BaseException | None = None
 
     @property
     def held_out(self) -> list[int]:
@@ -65,15 +66,27 @@ class ProfileReport:
 
     def points_document(self) -> dict[str, object]:
         """Every point, in numbers."""
-        rows = zip(self.points, self.foretold.tolist(), self.foretold_before.tolist(), strict=True)
-        return {
-            "model": self.model.model,
-            "hardware": self.after.hardware.name,
-            "points": [_row(*each) for each in rows],
-        }
+        foretold = zip(self.foretold.tolist(), self.foretold_before.tolist(), strict=True)
+        return points_document(
+            self.model.model, self.after.hardware.name, self.points, list(foretold)
+        )
 
 
-def _row(point: Point, foretold: float, before: float) -> dict[str, object]:
+def points_document(
+    model: str,
+    hardware: str,
+    points: Sequence[Point],
+    foretold: Sequence[tuple[float, float]] | None = None,
+) -> dict[str, object]:
+    """Every point, in numbers. foretold: milliseconds of each, after and before fitting."""
+    if foretold is None:
+        rows = [_row(point, None, None) for point in points]
+    else:
+        rows = [_row(point, *ms) for point, ms in zip(points, foretold, strict=True)]
+    return {"model": model, "hardware": hardware, "points": rows}
+
+
+def _row(point: Point, foretold: float | None, before: float | None) -> dict[str, object]:
     step, shape = point.timed.step, point.shape
     return {
         "kind": point.kind,
@@ -109,6 +122,8 @@ def lines(report: ProfileReport) -> Iterator[str]:
     yield _errors("all, before fitting", Errors.of(report.errors(report.foretold_before)))
     yield _errors("perfect predictions (noise)", _noise(report))
     yield ""
+    if report.stopped_by is not None:
+        yield "stopped before its end"
     yield f"wrote {report.folder}/: --hardware-profile and --model-profile take what is there"
 
 
@@ -135,8 +150,13 @@ def _facts(
 
 
 def _errors(name: str, found: Errors) -> str:
-    shares = "".join(f"{100 * each:8.1f}%" for each in found[1:])
+    shares = "".join(f"{_percent(each):>9}" for each in found[1:])
     return f"{name:28}{found.num_launches:8}{shares}"
+
+
+def _percent(share: float) -> str:
+    """Of nothing there is none."""
+    return "-" if math.isnan(share) else f"{share:.1%}"
 
 
 def _noise(report: ProfileReport) -> Errors:
@@ -177,8 +197,9 @@ def draw(report: ProfileReport) -> str:
     return picture(
         f"{report.model.model} on {report.after.hardware.name}: predicted and measured launches",
         f"{found.num_launches} launches that nothing was fitted to: error median"
-        f" {found.median:.1%}, p95 {found.p95:.1%}, worst {found.worst:.1%}; a perfect prediction"
-        f" would have {noise.median:.1%} and {noise.p95:.1%}, as times vary",
+        f" {_percent(found.median)}, p95 {_percent(found.p95)}, worst {_percent(found.worst)}; a"
+        f" perfect prediction would have {_percent(noise.median)} and {_percent(noise.p95)}, as"
+        " times vary",
         [_shares(report), _scatter(report)],
     )
 

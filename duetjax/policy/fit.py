@@ -1,10 +1,12 @@
 """Fits what foretells launches to launches that were timed: a few numbers, each with a meaning.
 
-t = factor(lane, program) x contention(lane, beside the other one) x (launch + program + attention)
+t = factor(lane, program) x (launch + contention(lane) x (program + attention))
 
-The three terms are the roofline's. Fitted are the factors and contentions, as medians, the cost of
-a launch, and which parts of the device's FLOP/s and bytes/s attention reaches. What is minimised is
-the mean of |log(foretold / measured)|, which a few outliers do not decide. No clock.
+The three terms are the roofline's, and so is the sum: what is fitted is what `Foresight` says.
+Contention is that of a lane beside the other one, and 1 elsewhere. Fitted are the factors and
+contentions, as medians, the cost of a launch, and which parts of the device's FLOP/s and bytes/s
+attention reaches. What is minimised is the mean of |log(foretold / measured)|, which a few outliers
+do not decide. No clock.
 """
 
 import math
@@ -16,7 +18,14 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from duetjax.policy.calibration import FACTOR_WINDOW, LEAST_FACTOR, MOST_FACTOR, Calibration
+from duetjax.policy.calibration import (
+    ERROR_WINDOW,
+    FACTOR_WINDOW,
+    FIRST_FACTOR,
+    LEAST_FACTOR,
+    MOST_FACTOR,
+    Calibration,
+)
 from duetjax.policy.durations import Step
 from duetjax.policy.launch import Lane, Program
 from duetjax.policy.profiles import Basis, HardwareProfile, ModelProfile, Origin
@@ -24,6 +33,8 @@ from duetjax.policy.roofline import Roofline
 
 type Floats = NDArray[np.float64]
 type Key = tuple[Lane, Program]
+type _Group = tuple[Lane, Program, bool]
+"""A lane, its program, and whether the other lane was busy."""
 
 MOST_CONTENTION = 10.0
 FEWEST = 5
@@ -61,12 +72,10 @@ class Correction:
             Lane.DECODE: hardware.contention_decode,
             Lane.PREFILL: hardware.contention_prefill,
         }
-        by = [
-            self.factors[each.step.lane, each.step.program]
-            * (contended[each.step.lane] if each.is_beside else 1.0)
-            for each in timed
-        ]
-        told: Floats = terms.ms(_Chosen(1.0, 1.0, hardware.launch_us / 1e3)) * np.array(by)
+        factors = [self.factors[each.step.lane, each.step.program] for each in timed]
+        times = [contended[each.step.lane] if each.is_beside else 1.0 for each in timed]
+        work = terms.work(_Chosen(1.0, 1.0, hardware.launch_us / 1e3))
+        told: Floats = np.array(factors) * (hardware.launch_us / 1e3 + np.array(times) * work)
         return told
 
 
@@ -97,7 +106,8 @@ def fitted(model: ModelProfile, hardware: HardwareProfile, timed: Sequence[Timed
     """The hardware with fitted contention, launch and attention, and the factors over it.
 
     Attention and launches stay as they were unless the error falls by a fiftieth. A kind that was
-    timed less than five times keeps what it had, and the factor of the whole device's program.
+    timed less than five times keeps what it had, and the factor of the whole device's program; if
+    that was not timed either, what a server begins with.
     Raises ValueError for nothing timed.
     """
     if not timed:
@@ -114,33 +124,48 @@ def fitted(model: ModelProfile, hardware: HardwareProfile, timed: Sequence[Timed
 def taught(
     calibration: Calibration, correction: Correction, model: ModelProfile, timed: Sequence[Timed]
 ) -> Calibration:
-    """A calibration, new so far, that has seen these steps: its factors are their medians.
+    """A calibration, new so far, whose factors are the correction's, taught by these steps.
 
-    They are taken in twice, so that the errors it remembers are those of what it has learned.
+    timed: what the correction was fitted to. They are taken in several times, so that the errors it
+    remembers are those of what it has learned.
     """
     plain = replace(correction, factors=dict.fromkeys(correction.factors, 1.0))
     raw = plain.foretold(model, timed)
-    seen: dict[Key, list[tuple[float, float]]] = {}
+    seen: dict[Key, list[tuple[float, float]]] = {key: [] for key in correction.factors}
     for ms, each in zip(raw.tolist(), timed, strict=True):
-        seen.setdefault((each.step.lane, each.step.program), []).append((ms, each.ms))
-    rows = [_representative(each) for each in seen.values()]
-    for _ in range(2):
-        for place in range(max(map(len, rows), default=0)):
-            for key, row in zip(seen, rows, strict=True):
-                if place < len(row):
-                    calibration.observe(*key, *row[place])
+        seen[each.step.lane, each.step.program].append((ms, each.ms))
+    rows = {}
+    for key, pairs in seen.items():
+        if len(pairs) < FEWEST:  # what decides nothing is learned, but not its factor
+            _teach(calibration, {key: [(1.0, correction.factors[key])] * FACTOR_WINDOW})
+            _teach(calibration, {key: pairs})
+        else:
+            rows[key] = _representative(pairs)
+    for _ in range(1 + math.ceil(ERROR_WINDOW / FACTOR_WINDOW)):
+        _teach(calibration, rows)
     return calibration
+
+
+def _teach(calibration: Calibration, rows: Mapping[Key, Sequence[tuple[float, float]]]) -> None:
+    """Every key's first pair, foretold and measured, then every key's second one, and so on."""
+    for place in range(max(map(len, rows.values()), default=0)):
+        for key, row in rows.items():
+            if place < len(row):
+                calibration.observe(*key, *row[place])
 
 
 def _representative(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """As many as a factor is the median of, evenly over the order of their ratios.
 
-    In an order in which neighbours differ, as in what launches teach one by one.
+    Their median is that of all. In an order in which neighbours differ, as in what launches teach
+    one by one.
     """
     ordered = sorted(pairs, key=lambda pair: pair[1] / pair[0])
-    places = (np.arange(FACTOR_WINDOW) + 0.5) * len(ordered) / FACTOR_WINDOW
+    places = [int((n + 0.5) * len(ordered) / FACTOR_WINDOW) for n in range(FACTOR_WINDOW)]
+    middle = FACTOR_WINDOW // 2
+    places[middle - 1 : middle + 1] = [(len(ordered) - 1) // 2, len(ordered) // 2]
     stride = 27  # has no divisor in common with the window
-    return [ordered[int(places[i * stride % FACTOR_WINDOW])] for i in range(FACTOR_WINDOW)]
+    return [ordered[places[i * stride % FACTOR_WINDOW]] for i in range(FACTOR_WINDOW)]
 
 
 class _Chosen(NamedTuple):
@@ -164,9 +189,10 @@ class _Terms(NamedTuple):
         rows = [_terms(roofline, hardware, each.step) for each in timed]
         return cls(*np.array(rows).reshape(-1, 3).T)
 
-    def ms(self, chosen: _Chosen) -> Floats:
+    def work(self, chosen: _Chosen) -> Floats:
+        """All that contention makes longer."""
         attention = np.maximum(self.computing / chosen.compute, self.moving / chosen.memory)
-        total: Floats = chosen.launch_ms + self.program + attention
+        total: Floats = self.program + attention
         return total
 
 
@@ -193,7 +219,7 @@ class _Problem:
         self._terms = _Terms.of(model, hardware, timed)
         self._measured = np.array([each.ms for each in timed])
         self._hardware = hardware
-        of: dict[tuple[Lane, Program, bool], list[int]] = {}
+        of: dict[_Group, list[int]] = {}
         for place, each in enumerate(timed):
             of.setdefault((each.step.lane, each.step.program, each.is_beside), []).append(place)
         self._places = {key: np.array(places) for key, places in of.items()}
@@ -217,29 +243,37 @@ class _Problem:
 
     def error(self, chosen: _Chosen) -> float:
         """The mean of |log(foretold / measured)|."""
-        ratios = self._ratios(chosen)
-        factors, contention = self._multipliers(ratios)
-        total = 0.0
-        for (lane, program, beside), places in self._places.items():
-            by = factors[lane, program] * (contention[lane] if beside else 1.0)
-            total += float(np.abs(np.log(ratios[places] / by)).sum())
-        return total / len(ratios)
+        factors, _, ratios = self._solved(chosen)
+        total = sum(
+            float(np.abs(np.log(each / factors[lane, program])).sum())
+            for (lane, program, _), each in ratios.items()
+        )
+        return total / len(self._measured)
 
     def multipliers(self, chosen: _Chosen) -> tuple[dict[Key, float], dict[Lane, float]]:
         """The factors, and each lane's contention."""
-        return self._multipliers(self._ratios(chosen))
+        factors, contention, _ = self._solved(chosen)
+        return factors, contention
 
     def _objective(self, chosen: _Chosen) -> float:
         """Where nothing tells them apart, what changes attention least is best."""
         farther = abs(math.log(chosen.compute)) + abs(math.log(chosen.memory))
         return self.error(chosen) + 1e-4 * farther
 
-    def _ratios(self, chosen: _Chosen) -> Floats:
-        ratios: Floats = self._measured / self._terms.ms(chosen)
-        return ratios
-
-    def _multipliers(self, ratios: Floats) -> tuple[dict[Key, float], dict[Lane, float]]:
-        whole = {program: self._median(ratios, Lane.WHOLE, program) for program in Program}
+    def _solved(
+        self, chosen: _Chosen
+    ) -> tuple[dict[Key, float], dict[Lane, float], dict[_Group, Floats]]:
+        """Factors, contentions, and how many times as long each step took as without its factor."""
+        work, launch = self._terms.work(chosen), chosen.launch_ms
+        ratios = {
+            key: self._measured[places] / (launch + work[places])
+            for key, places in self._places.items()
+            if not key[2]
+        }
+        whole = {
+            program: _median(ratios.get((Lane.WHOLE, program, False)), FIRST_FACTOR)
+            for program in Program
+        }
         factors = {(lane, program): whole[program] for lane in Lane for program in Program}
         contention = {
             Lane.WHOLE: 1.0,
@@ -247,34 +281,25 @@ class _Problem:
             Lane.PREFILL: self._hardware.contention_prefill,
         }
         for lane, program in ((Lane.DECODE, Program.DECODE), (Lane.PREFILL, Program.PREFILL)):
-            alone = self._median(ratios, lane, program, default=whole[program])
-            if (beside := self._of(ratios, lane, program, beside=True)) is not None:
-                contention[lane] = _within(float(np.median(beside)) / alone, 1.0, MOST_CONTENTION)
-            factors[lane, program] = self._factor(ratios, lane, program, contention[lane], alone)
-        return factors, contention
+            key = lane, program, True
+            alone = _median(ratios.get((lane, program, False)), whole[program])
+            if (places := self._places.get(key)) is not None:
+                measured, busy = self._measured[places], work[places]
+                if len(places) >= FEWEST:
+                    times = float(np.median((measured / alone - launch) / busy))
+                    contention[lane] = _within(times, 1.0, MOST_CONTENTION)
+                ratios[key] = measured / (launch + contention[lane] * busy)
+            seen = [ratios[each] for each in ((lane, program, False), key) if each in ratios]
+            together = np.concatenate(seen) if seen else None
+            factors[lane, program] = _median(together, whole[program])
+        return factors, contention, ratios
 
-    def _factor(
-        self, ratios: Floats, lane: Lane, program: Program, contention: float, default: float
-    ) -> float:
-        """Of a lane, from all its steps: alone and beside the other."""
-        alone = self._of(ratios, lane, program, beside=False)
-        beside = self._of(ratios, lane, program, beside=True)
-        seen = [
-            *([] if alone is None else [alone]),
-            *([] if beside is None else [beside / contention]),
-        ]
-        middle = float(np.median(np.concatenate(seen))) if seen else default
-        return _within(middle, LEAST_FACTOR, MOST_FACTOR)
 
-    def _of(self, ratios: Floats, lane: Lane, program: Program, *, beside: bool) -> Floats | None:
-        places = self._places.get((lane, program, beside))
-        return None if places is None or len(places) < FEWEST else ratios[places]
-
-    def _median(self, ratios: Floats, lane: Lane, program: Program, default: float = 1.0) -> float:
-        seen = self._of(ratios, lane, program, beside=False)
-        if seen is None:
-            return default
-        return _within(float(np.median(seen)), LEAST_FACTOR, MOST_FACTOR)
+def _median(ratios: Floats | None, default: float) -> float:
+    """Within the bounds of a factor; too few of them decide nothing."""
+    if ratios is None or len(ratios) < FEWEST:
+        return default
+    return _within(float(np.median(ratios)), LEAST_FACTOR, MOST_FACTOR)
 
 
 def _told(

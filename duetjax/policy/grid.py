@@ -188,7 +188,9 @@ class Grid:
         return Case(split, fitting) if len(fitting) == len(shapes) else None
 
     def _decode(self, dice: Random, slots: int, pages: int) -> Shape | None:
-        limits = self.limits
+        limits, look_aheads = self.limits, [k for k in _LOOK_AHEADS if k <= self.steps]
+        if not (slots and look_aheads):
+            return None
         rows = _log_uniform(dice, 1, slots)
         most = min(limits.max_model_len, pages // rows * limits.page_size) - self.steps - 1
         if most < 1:
@@ -198,7 +200,7 @@ class Grid:
         if dice.random() < 0.5:
             contexts = [dice.randint(1 + longest // 4, longest) for _ in contexts]
         bucket = limits.decode_buckets[bisect_left(limits.decode_buckets, rows)]
-        return Shape(Program.DECODE, bucket, tuple(contexts), k=dice.choice(_LOOK_AHEADS))
+        return Shape(Program.DECODE, bucket, tuple(contexts), k=dice.choice(look_aheads))
 
     def _prefill(
         self, dice: Random, contexts: tuple[int, ...], slots: int, pages: int

@@ -88,10 +88,14 @@ class _Run:
         return self.submitted + self.shape.k <= self.most
 
 
+class DeviceHangs(DuetJAXError):
+    """A step has not come, so whoever waits for it, as `Executor.close` does, waits for ever."""
+
+
 class CaseTimer:
     """Times cases on an executor, which it starts; nothing else may use that.
 
-    steps: room that decoding rows have. Raises `DuetJAXError` if a step does not come, and what the
+    steps: room that decoding rows have. Raises `DeviceHangs` if a step does not come, and what the
     executor delivers.
     """
 
@@ -124,7 +128,7 @@ class CaseTimer:
         flying: dict[int, _Run] = {}
         for _ in range(_IN_FLIGHT):
             for run in runs:
-                if run.submitted <= run.wanted or len(runs) == 2:
+                if run.has_room and (run.submitted <= run.wanted or len(runs) == 2):
                     self._submit(run, flying, deltas)
         while flying:
             finished, at = self._next()
@@ -222,7 +226,7 @@ class CaseTimer:
         try:
             finished, at = self._delivered.get(timeout=PATIENCE_S)
         except queue.Empty:
-            raise DuetJAXError(
+            raise DeviceHangs(
                 f"a step has not completed within {PATIENCE_S:g} s: the device hangs, or the model"
                 " is too large for it"
             ) from None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from duetjax.config import ConfigError
+from duetjax.config import ConfigError, DuetJAXError
 from duetjax.policy.profiles import Reach
 from duetjax.runtime.recorder import Memory
 from duetjax.runtime.slices import Part, Recorded, Runs, Slices, marked
@@ -53,6 +53,7 @@ class GpuRates:
 
     core_step, least_cores: the shares that the driver makes. contention_*: how many times as long
     a lane takes beside the other one, the median over some splits; None where there are none.
+    are_shares_told: by the driver; else they are those of any GPU.
     """
 
     curve: tuple[Reach, ...]
@@ -61,11 +62,13 @@ class GpuRates:
     launch_us: float
     contention_decode: float | None
     contention_prefill: float | None
+    are_shares_told: bool = True
 
 
 def loads() -> tuple[Load, Load, Load]:
     """The product, the copy, and a program of nearly nothing, for the default device."""
-    matrix = jnp.ones((PRODUCT_SIZE, PRODUCT_SIZE), jnp.bfloat16)
+    # Products of alike numbers draw less power, so a GPU is faster at them than it can stay.
+    matrix = jax.random.normal(jax.random.key(0), (PRODUCT_SIZE, PRODUCT_SIZE), jnp.bfloat16)
     source = jnp.zeros(COPY_BYTES // 4, jnp.float32)
     work = 2.0 * PRODUCT_SIZE**3, 2.0 * COPY_BYTES, 1.0
     return (
@@ -85,7 +88,8 @@ def gpu_rates(
 ) -> GpuRates:
     """Measures; some ten seconds. libcuda, memory: others than the system's and XLA's.
 
-    Raises `ConfigError` where the launcher has not been built or the GPU cannot be divided.
+    Raises `ConfigError` where the launcher has not been built or the GPU cannot be divided, and
+    `DuetJAXError` where a replay does not end.
     """
     if _launcher is None:
         raise ConfigError(
@@ -103,6 +107,10 @@ def gpu_rates(
                 return _measured(slices, (product, copy, nothing), shares)
         except _launcher.DeviceDead:
             raise
+        except TimeoutError as error:
+            raise DuetJAXError(
+                f"parts of the GPU cannot be timed ({error}); give --hardware-profile"
+            ) from error
         except (_launcher.LauncherError, MemoryError, jax.errors.JaxRuntimeError) as error:
             reasons.append(str(error))
             _log.warning("parts of the GPU cannot be timed: %s", str(error))
@@ -127,11 +135,15 @@ def rising(reached: Iterable[Reach]) -> tuple[Reach, ...]:
 
 
 class _Shares(NamedTuple):
-    """The least one that the driver makes, how much more the next one has, and all cores."""
+    """The least one that the driver makes, how much more the next one has, and all cores.
+
+    are_told: by the driver.
+    """
 
     least: int
     step: int
     cores: int
+    are_told: bool
 
 
 def _shares(libcuda: str | None) -> _Shares:
@@ -146,8 +158,8 @@ def _shares(libcuda: str | None) -> _Shares:
     except _launcher.DeviceDead:
         raise
     except _launcher.LauncherError:
-        return _Shares(_ANY_SHARE, _ANY_SHARE, cores)
-    return _Shares(least, max(step, 1), cores)
+        return _Shares(_ANY_SHARE, _ANY_SHARE, cores, are_told=False)
+    return _Shares(least, max(step, 1), cores, are_told=True)
 
 
 def _measured(slices: Slices, programs: tuple[Load, Load, Load], shares: _Shares) -> GpuRates:
@@ -170,6 +182,7 @@ def _measured(slices: Slices, programs: tuple[Load, Load, Load], shares: _Shares
         launch_us=1e6 * nothing.shortest(slices.whole),
         contention_decode=median(decode) if decode else None,
         contention_prefill=median(prefill) if prefill else None,
+        are_shares_told=shares.are_told,
     )
 
 

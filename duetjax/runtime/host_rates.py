@@ -69,11 +69,19 @@ def host_rates(repeats: int) -> Iterator[HostRates]:
                 check=True,
                 timeout=_LIMIT_S,
             )
-        except subprocess.SubprocessError as error:
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             raise ConfigError(
-                f"what {cores} cores reach cannot be measured: {error}; give --hardware-profile"
+                f"what {cores} cores reach cannot be measured: {_reason(error)}; give"
+                " --hardware-profile"
             ) from error
         yield HostRates(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def _reason(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
+    """What the process has said last, if it has ended by itself."""
+    said = error.stderr.split("\n") if isinstance(error.stderr, str) else []
+    last = next((line.strip() for line in reversed(said) if line.strip()), "")
+    return last or str(error)
 
 
 def _counts(cores: int) -> list[int]:

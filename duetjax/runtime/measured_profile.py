@@ -15,6 +15,8 @@ SOURCE = "measured at start"
 """Stands for the GPU that other profiles were compiled for."""
 _REPEATS = 3
 _MOST_SECONDS = 10.0
+_LEAST_REST = 0.05
+"""Of what was measured, for the program, however long a launch is said to take."""
 
 
 class Device(Protocol):
@@ -30,9 +32,10 @@ def measured_profile(
     """The profile by which the roofline takes as long for each program as the device did.
 
     Without rows attention has nothing to do, and is no part of a profile; all else is computed. A
-    program has as many times the FLOPs and bytes of its shapes as it takes longer than they would
-    on all of `hardware`'s cores: so on fewer of them it is bound by what binds it there. Programs
-    that are left after some seconds are taken to be slower than the one before as they are larger.
+    program has as many times the FLOPs and bytes of its shapes as it takes longer, less a launch,
+    than they would on all of `hardware`'s cores: so on fewer of them what binds it there does.
+    Programs that are left after some seconds are taken to be slower than the one before as they are
+    larger.
     """
     costs: dict[tuple[Program, int], Cost] = {}
     _log.info("timing %d programs, as there is no profile of %s", len(shapes.costs), shapes.model)
@@ -61,5 +64,6 @@ def _fastest(device: Device, launch: Launch) -> float:
 
 def _cost(shape: Cost, seconds: float, hardware: HardwareProfile) -> Cost:
     rates = hardware.curve[-1]
-    times = seconds / max(shape.flops / rates.flops_per_s, shape.bytes / rates.bytes_per_s)
+    rest = max(seconds - hardware.launch_us / 1e6, _LEAST_REST * seconds)
+    times = rest / max(shape.flops / rates.flops_per_s, shape.bytes / rates.bytes_per_s)
     return Cost(times * shape.flops, times * shape.bytes)

@@ -2,10 +2,13 @@
 
 import json
 import os
+import sys
+from dataclasses import replace
 
 import pytest
 
 from duetjax.config import ConfigError
+from duetjax.devices import memory_share
 from duetjax.measured_hardware import gpu_profile, shipped_like
 from duetjax.policy.profiles import Basis, HardwareProfile, Reach
 from duetjax.runtime import host_rates as module
@@ -32,7 +35,7 @@ def read_again(profile):
 
 
 def test_a_known_gpu_has_what_was_measured_and_the_rest_of_its_shipped_profile():
-    known = shipped_like("NVIDIA H200", 132)
+    known = shipped_like("NVIDIA H200", 132, 150e9)
     profile = gpu_profile("NVIDIA H200", RATES, 10**11, known)
     assert read_again(profile) == profile
     assert profile.name == "nvidia-h200"
@@ -56,20 +59,38 @@ def test_what_nobody_has_described_is_assumed_and_says_so():
 
 
 @pytest.mark.parametrize(
-    ("kind", "cores", "name"),
+    ("kind", "cores", "gb", "name"),
     [
-        ("NVIDIA H200", 132, "h200-sxm"),
-        ("NVIDIA H100 80GB HBM3", 132, "h100-sxm"),
-        ("NVIDIA A100-SXM4-80GB", 108, "a100-sxm-80gb"),
-        ("NVIDIA L40S", 142, "l40s"),
-        ("NVIDIA GeForce RTX 4090", 128, "rtx-4090"),
-        ("NVIDIA GeForce RTX 4080", 76, None),
-        ("NVIDIA H100 PCIe", 114, None),
+        ("NVIDIA H200", 132, 150.1, "h200-sxm"),
+        ("NVIDIA H100 80GB HBM3", 132, 85.0, "h100-sxm"),
+        ("NVIDIA H100 NVL", 132, 100.0, None),
+        ("NVIDIA A100-SXM4-80GB", 108, 85.1, "a100-sxm-80gb"),
+        ("NVIDIA A100-SXM4-40GB", 108, 42.4, None),
+        ("NVIDIA L40S", 142, 47.7, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 128, 25.4, "rtx-4090"),
+        ("NVIDIA GeForce RTX 4080", 76, 17.0, None),
+        ("NVIDIA H100 PCIe", 114, 85.0, None),
     ],
 )
-def test_a_shipped_profile_is_found_by_what_the_gpu_calls_itself(kind, cores, name):
-    found = shipped_like(kind, cores)
+def test_a_shipped_profile_is_found_by_what_the_gpu_calls_itself(kind, cores, gb, name):
+    found = shipped_like(kind, cores, gb * 1e9)
     assert (found and found.name) == name
+
+
+def test_the_whole_memory_counts_of_which_xla_has_a_share(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert memory_share() == 1.0
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
+    assert memory_share() == 0.8
+
+
+def test_shares_that_the_driver_has_not_told_are_assumed():
+    rates = replace(RATES, are_shares_told=False)
+    profile = gpu_profile("NVIDIA H200", rates, 10**11, shipped_like("NVIDIA H200", 132, 150e9))
+    assert profile.origins["cores"].basis is Basis.MEASURED
+    for name in ("core_step", "min_decode_cores", "min_prefill_cores"):
+        assert profile.origins[name].basis is Basis.ASSUMED
 
 
 def test_where_more_cores_came_out_slower_the_fewer_count():
@@ -112,3 +133,15 @@ def test_a_measurement_that_fails_says_which(monkeypatch):
     monkeypatch.setattr(module, "_LIMIT_S", 1e-3)
     with pytest.raises(ConfigError, match="what 1 cores reach cannot be measured"):
         list(host_rates(1))
+
+
+def test_a_measurement_that_fails_says_what_its_process_said_last(monkeypatch):
+    run = module.subprocess.run
+
+    def failing(_command, **rest):
+        return run([sys.executable, "-c", "raise OSError('no such core')"], **rest)
+
+    monkeypatch.setattr(module.subprocess, "run", failing)
+    with pytest.raises(ConfigError, match="measured: OSError: no such core; give") as caught:
+        list(host_rates(1))
+    assert "\n" not in str(caught.value)

@@ -1,12 +1,15 @@
 """Programs timed on parts of a GPU, on the double of libcuda."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 from fake_xla import FakeExecutable, FakeMemory, a_gpu
 
 from duetjax._launcher import DECODE, PREFILL, LauncherError, Unsafe
-from duetjax.config import ConfigError
+from duetjax.config import ConfigError, DuetJAXError
 from duetjax.policy.launch import Lane
 from duetjax.runtime import gpu_rates as rates_module
 from duetjax.runtime import slices as module
@@ -170,6 +173,7 @@ def test_rates_are_measured_on_every_share_that_the_driver_makes(cuda):
     product, copy, nothing = loads(memory)
     rates = gpu_rates(product, copy, nothing, libcuda=cuda.path, memory=memory)
     assert (rates.least_cores, rates.core_step) == (8, 8)
+    assert rates.are_shares_told
     splits = [(8 * n, 132 - 8 * n) for n in range(1, 16)]
     assert [each.cores for each in rates.curve] == sorted(
         {132, *(n for one in splits for n in one)}
@@ -205,6 +209,7 @@ def test_where_the_driver_refuses_too_small_a_share_those_of_any_gpu_are_taken(c
     cuda.fail("cuDevSmResourceSplitByCount", 1, 801)
     rates = gpu_rates(*loads(memory), libcuda=cuda.path, memory=memory)
     assert (rates.least_cores, rates.core_step) == (8, 8)
+    assert not rates.are_shares_told
     assert rates.curve[0].cores == 8
 
 
@@ -212,6 +217,18 @@ def test_a_gpu_that_cannot_be_divided_is_refused_in_one_line(cuda, monkeypatch):
     memory = FakeMemory(cuda)
     monkeypatch.setattr(rates_module, "Slices", Refusing)
     with pytest.raises(ConfigError, match=r"no green contexts.*give --hardware-profile") as caught:
+        gpu_rates(*loads(memory), libcuda=cuda.path, memory=memory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_replay_that_never_ends_ends_the_measurement_in_one_line(cuda, monkeypatch):
+    memory = FakeMemory(cuda)
+
+    def endless(*_):
+        raise TimeoutError("a replay on 132 SMs takes over 60 s")
+
+    monkeypatch.setattr(Recorded, "shortest", endless)
+    with pytest.raises(DuetJAXError, match=r"132 SMs.*give --hardware-profile") as caught:
         gpu_rates(*loads(memory), libcuda=cuda.path, memory=memory)
     assert "\n" not in str(caught.value)
 
@@ -225,3 +242,8 @@ def test_without_the_launcher_parts_cannot_be_timed(monkeypatch):
     monkeypatch.setattr(rates_module, "_launcher", None)
     with pytest.raises(ConfigError, match="install a C compiler"):
         gpu_rates(None, None, None)
+
+
+def test_without_the_launcher_a_processor_can_be_profiled_all_the_same():
+    program = "import sys; sys.modules['duetjax._launcher'] = None; import duetjax.profile_command"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from profiled_setup import HARDWARE, MODEL, a_grid, plain, timed, truth
 
-from duetjax.policy.calibration import Calibration
+from duetjax.policy.calibration import FIRST_FACTOR, Calibration
 from duetjax.policy.fit import Errors, by_kind, fitted, relative_errors, taught
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane, Program
@@ -132,6 +132,35 @@ def test_a_calibration_that_was_taught_has_the_factors_and_is_trusted():
     of_lanes = [each for each in held_out if each.is_beside or each.step.split is None]
     told = np.array([foresight.step_ms(each.step) for each in of_lanes])
     assert Errors.of(relative_errors(told, of_lanes)).median < 0.05
+
+
+@pytest.mark.parametrize("num_decode_steps", [1000, 3], ids=["many", "too few"])
+def test_what_the_fit_foretells_is_what_a_server_with_its_files_foretells(num_decode_steps):
+    """Beside the other lane, as a server runs them."""
+    true = truth(**PLANTED)
+    seen = [each for each, _ in timed(CASES, true, noise=0.04)]
+    seen = [each for each in seen if each.step.split is None or each.is_beside]
+    on_lane = [each for each in seen if each.step.lane is Lane.DECODE]
+    rest = [each for each in seen if each.step.lane is not Lane.DECODE]
+    seen = rest + on_lane[:num_decode_steps]
+    found = fitted(MODEL, HARDWARE, seen)
+    assert found.hardware.launch_us > 2 * HARDWARE.launch_us
+    assert min(found.hardware.contention_decode, found.hardware.contention_prefill) > 1.05
+    kept = taught(Calibration("small", "card"), found, MODEL, seen)
+    foresight = Foresight(MODEL, found.hardware, kept)
+    for lane, program in (WHOLE_DECODE, WHOLE_PREFILL, DECODE, PREFILL):
+        of_kind = [e for e in rest + on_lane if (e.step.lane, e.step.program) == (lane, program)]
+        some = of_kind[:: len(of_kind) // 8]
+        told = [foresight.step_ms(each.step) for each in some]
+        assert told == pytest.approx(found.foretold(MODEL, some).tolist(), rel=1e-9)
+
+
+def test_kinds_that_were_hardly_timed_are_taught_as_they_were_fitted():
+    seen = [each for each, _ in timed(CASES, truth())][:3]
+    found = fitted(MODEL, HARDWARE, seen)
+    kept = taught(Calibration("small", "card"), found, MODEL, seen)
+    assert {key: kept.factor(*key) for key in found.factors} == found.factors
+    assert set(found.factors.values()) == {FIRST_FACTOR}
 
 
 def test_errors_are_told_for_each_kind_in_order():

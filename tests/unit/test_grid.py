@@ -121,3 +121,17 @@ def test_short_steps_are_repeated_more_often():
     assert repeats(1e4) == FEWEST_REPEATS
     assert repeats(0.01) == MOST_REPEATS
     assert repeats(5.0) == 6
+
+
+def test_one_row_is_never_timed_beside_another():
+    alone = replace(LIMITS, num_slots=1, decode_buckets=(1,))
+    kinds = {kind for case in a_grid(limits=alone).cases(100, 1e9) for kind in case.kinds}
+    assert kinds == {Kind.DECODE, Kind.PREFILL, Kind.DECODE_ALONE, Kind.PREFILL_ALONE}
+
+
+@pytest.mark.parametrize("longest", [2, 4, 16, 64])
+def test_no_launch_takes_more_steps_than_its_rows_have_room_for(longest):
+    grid = a_grid(limits=replace(LIMITS, max_model_len=longest))
+    shapes = [shape for case in grid.cases(100, 1e9) for shape in case.shapes]
+    assert shapes
+    assert all(shape.k <= grid.steps for shape in shapes if shape.contexts)
