@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from duetjax.serve.errors import HttpError, error_response
 
-PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
+PUBLIC_PATHS = frozenset({"/", "/livez", "/readyz", "/health"})
 
 
 class BearerAuth:
