@@ -18,6 +18,7 @@ from duetjax.checkpoint.source import LoadFormat, ModelSource, SourceKind, resol
 from duetjax.config import ConfigError, DeviceName, EngineConfig, ModelConfig, SamplingParams
 from duetjax.engine import Engine
 from duetjax.engine_process import EngineProcess
+from duetjax.log_lines import LogFormat
 from duetjax.planning import check_profiles
 from duetjax.policy.request import NewRequest, new_requests
 from duetjax.text.tokenizer import Tokenizer
@@ -79,11 +80,12 @@ def load(
     *,
     needs_tokenizer: bool = False,
     own_process: bool = False,
+    log_format: LogFormat = LogFormat.TEXT,
 ) -> LoadedModel:
     """Loads weights and compiles every program, saying what it does; takes seconds to minutes.
 
     With --device sim there is neither, and it takes a moment. own_process: the engine is an
-    `EngineProcess`, and does this there.
+    `EngineProcess`, and does this there; log_format: of what it logs.
     Raises `DuetJAXError` with one line for whatever the caller can mend.
     """
     check_profiles(engine)
@@ -95,7 +97,7 @@ def load(
     with ExitStack() as on_failure:
         process = None
         if own_process:  # which loads jax while this one loads the tokenizer
-            process = EngineProcess.load(request, engine)
+            process = EngineProcess.load(request, engine, log_format)
             on_failure.callback(process.kill)
         else:
             _describe(source)

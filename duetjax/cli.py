@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from duetjax.config import ConfigError, DuetJAXError, EngineConfig, PolicyName, SamplingParams, flag
-from duetjax.log_lines import log_to_stderr
+from duetjax.log_lines import LogFormat, log_to_stderr
 from duetjax.serve.limits import OFFLINE, Limits
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from duetjax.engine import Engine
     from duetjax.serve.context import Service
 
+_log = logging.getLogger("duetjax")
 _CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
 _OF_ANY_BENCH = ("model", "seed", "tbt_slo_ms")  # flags of an engine that others have too
 _POLICIES = ", ".join(PolicyName)
@@ -32,17 +34,27 @@ _EPILOG = "With no --model, duetjax uses the small demo checkpoint that ships wi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0; 1 for a fault or a dead engine; 130."""
     args = _parser().parse_args(argv)
+    log_format = LogFormat(getattr(args, "log_format", LogFormat.TEXT))
     try:
-        with log_to_stderr():
-            return int(args.run(args))
-    except DuetJAXError as error:
-        print(f"duetjax: error: {error}", file=sys.stderr)
-        return 1
+        with log_to_stderr(log_format):
+            try:
+                return int(args.run(args))
+            except DuetJAXError as error:
+                _tell_error(error, log_format)
+                return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         _discard_output()
         return 0
+
+
+def _tell_error(error: DuetJAXError, log_format: LogFormat) -> None:
+    """The one line with which a command ends that cannot do what it should."""
+    if log_format is LogFormat.JSON:
+        _log.error("%s", error)
+    else:
+        print(f"duetjax: error: {error}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +110,20 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--strict-params", action="store_true", help="refuse unknown parameters, with 400"
     )
+    serve.add_argument(
+        "--log-format",
+        choices=list(map(str, LogFormat)),
+        default=str(LogFormat.TEXT),
+        help="of the log on standard error: lines for people (default), or one JSON object a line",
+    )
     serve.add_argument("--metrics-public", action="store_true", help="show /metrics without a key")
+    serve.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of the first seconds, for Perfetto and trace-plot",
+    )
+    serve.add_argument("--trace-seconds", type=float, default=60.0, metavar="S", help="default: 60")
     serve.add_argument(
         "--disable-frontend-multiprocessing",
         action="store_true",
@@ -131,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(commands)
     _add_simulate(commands)
     _add_plan(commands)
+    _add_trace_plot(commands)
 
     doctor = commands.add_parser("doctor", help="show what this installation can do")
     doctor.set_defaults(run=_doctor)
@@ -278,6 +304,9 @@ def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     profile.add_argument(
         "--minutes", type=float, default=5.0, help="beside loading and compiling; default: 5"
     )
+    profile.add_argument(
+        "--points", type=int, metavar="N", help="time so many launches, however long it takes"
+    )
     _add_engine_flags(profile)
     profile.set_defaults(run=_profile, load_format="dummy")
 
@@ -323,6 +352,17 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     plan.add_argument("--price", type=float, help="of a GPU for an hour")
     plan.set_defaults(run=_plan, duration=180.0)
+
+
+def _add_trace_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plot = commands.add_parser(
+        "trace-plot", help="draw a trace of serve: lanes, splits and requests over time"
+    )
+    plot.add_argument("file", type=Path, metavar="FILE", help="from serve --trace or /debug/trace")
+    plot.add_argument("--out", type=Path, metavar="FILE", help="default: FILE with .svg at its end")
+    plot.add_argument("--start", type=float, default=0.0, metavar="S", help="from there on")
+    plot.add_argument("--duration", type=float, metavar="S", help="only so much of it")
+    plot.set_defaults(run=_trace_plot)
 
 
 def _add_load_flags(parser: argparse.ArgumentParser) -> None:
@@ -578,6 +618,7 @@ def _check_files(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from duetjax.build import ModelRequest, load
     from duetjax.serve.server import HttpServer, bind
+    from duetjax.serve.tracing import TraceFile
 
     signal.signal(signal.SIGTERM, _end_by_signal)  # until the server drains on it
     if args.tensor_parallel != 1:
@@ -592,6 +633,7 @@ def _serve(args: argparse.Namespace) -> int:
     if not 0 <= args.shutdown_timeout <= 1e6:
         raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout}: give seconds up to 10^6")
     limits = _fields_of(Limits, args)
+    trace = None if args.trace is None else TraceFile(args.trace, args.trace_seconds)
     request = ModelRequest(
         args.model or args.model_flag, args.tokenizer, args.chat_template, args.load_format
     )
@@ -601,6 +643,7 @@ def _serve(args: argparse.Namespace) -> int:
             EngineConfig(**_engine_settings(args)),
             needs_tokenizer=True,
             own_process=not args.disable_frontend_multiprocessing,
+            log_format=LogFormat(args.log_format),
         )
         service = _service(model, args.served_model_name or [model.name])
         service = replace(
@@ -610,8 +653,9 @@ def _serve(args: argparse.Namespace) -> int:
             strict_params=args.strict_params,
             metrics_public=args.metrics_public,
             watchdog_s=args.watchdog_s,
+            tbt_slo_ms=args.tbt_slo_ms,
         )
-        server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout)
+        server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout, trace=trace)
         notice = f" ({model.notice})" if model.notice else ""
         with _shutting_down(model.engine):
             server.run(lambda line: _announce(line + notice))
@@ -784,17 +828,27 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _trace_plot(args: argparse.Namespace) -> int:
+    from duetjax import timeline
+
+    picture = timeline.draw(timeline.read(args.file, args.start, args.duration))
+    out = args.out or args.file.with_suffix(".svg")
+    _write_picture(out, picture, "--out")
+    print(f"wrote {out}")
+    return 0
+
+
 def _fields_of[R](kind: type[R], args: argparse.Namespace) -> R:
     """A request from the flags called like its fields; the others keep their defaults."""
     names = [each.name for each in fields(kind) if hasattr(args, each.name)]  # type: ignore[arg-type]
     return kind(**{name: getattr(args, name) for name in names})
 
 
-def _write_picture(file: Path, text: str) -> None:
+def _write_picture(file: Path, text: str, name: str = "--plot") -> None:
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--plot {file}: {error.strerror}; name another file") from error
+        raise ConfigError(f"{name} {file}: {error.strerror}; name another file") from error
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -821,11 +875,18 @@ def _compile(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     from duetjax import profile_report
     from duetjax.profile_command import ProfileRequest, profile
+    from duetjax.runtime.case_timer import DeviceHangs
 
-    report = profile(_fields_of(ProfileRequest, args), EngineConfig(**_engine_settings(args)))
-    for line in profile_report.lines(report):
-        print(line)
-    print(json.dumps(profile_report.document(report)))
+    try:
+        report = profile(_fields_of(ProfileRequest, args), EngineConfig(**_engine_settings(args)))
+        for line in profile_report.lines(report):
+            print(line)
+        print(json.dumps(profile_report.document(report)))
+        if report.stopped_by is not None:
+            raise report.stopped_by
+    except DeviceHangs:
+        atexit.register(_exit_at_once, 1)
+        raise
     return 0
 
 

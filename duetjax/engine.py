@@ -18,6 +18,7 @@ from typing import Protocol
 from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
 from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.policy.launch import Executor, FinishedStep, Launch
+from duetjax.policy.launch_counts import LaunchCounts
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.scheduler import Scheduler
@@ -76,6 +77,7 @@ class Engine(Protocol):
     def abort(self, request_id: str, *, unless_begun: bool = False) -> None: ...  # noqa: D102
     def watch_launches(self, watcher: LaunchWatcher) -> Callable[[], None]: ...  # noqa: D102
     def stats(self) -> Stats: ...  # noqa: D102
+    def launch_counts(self) -> LaunchCounts: ...  # noqa: D102
     def shutdown(self, timeout: float) -> bool: ...  # noqa: D102
 
 
@@ -101,7 +103,8 @@ class EngineClient:
         rung: str = "",
     ) -> None:
         self._rung = rung
-        self._scheduler = scheduler  # after start(), touched by the engine thread alone
+        # After start(), touched by the engine thread alone, but for its `launch_counts`.
+        self._scheduler = scheduler
         self.limits = scheduler.limits
         self.vocab_size = vocab_size
         self._clock = clock
@@ -195,6 +198,10 @@ class EngineClient:
     def stats(self) -> Stats:
         """The scheduler as of the last step's end, never older than the last outputs."""
         return self._stats
+
+    def launch_counts(self) -> LaunchCounts:
+        """Launches completed since the start, to the last one or two."""
+        return self._scheduler.launch_counts()
 
     @property
     def rung(self) -> str:

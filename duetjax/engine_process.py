@@ -16,11 +16,13 @@ from typing import Any, Self
 
 from duetjax.config import DuetJAXError, EngineConfig, InvalidRequest
 from duetjax.engine import EngineDead, LaunchWatcher, check_request, why_not_running
+from duetjax.log_lines import LogFormat
+from duetjax.policy.launch_counts import LaunchCounts
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
 from duetjax.policy.stats import Stats
 from duetjax.watchdog import Wait, Watch, stalled
-from duetjax.wire import Channel, Plain, completed_launch, plain, step_outputs
+from duetjax.wire import Channel, Plain, completed_launch, launch_counts, plain, step_outputs
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from duetjax.engine_worker import main
-main(int(sys.argv[2]))
+main(sys.argv[2], int(sys.argv[3]))
 """
 
 
@@ -75,6 +77,7 @@ class EngineProcess:
         self._closed = threading.Event()
         self._ended_well = False
         self._stats: Stats | None = None
+        self._launch_counts: LaunchCounts | None = None
         self._heard = time.monotonic()
         self._silence = 0.0
         self._num_compilations = 0
@@ -86,10 +89,12 @@ class EngineProcess:
         self._watchers: Mapping[object, LaunchWatcher] = {}
 
     @classmethod
-    def load(cls, request: object, engine: EngineConfig) -> Self:
+    def load(
+        cls, request: object, engine: EngineConfig, log_format: LogFormat = LogFormat.TEXT
+    ) -> Self:
         """A process that loads a model; request: a `ModelRequest`."""
         path = json.dumps([each or "." for each in sys.path])
-        worker = sys.executable, "-c", _PROGRAM, path
+        worker = sys.executable, "-c", _PROGRAM, path, log_format
         return cls(worker, _texts(plain(request)), _texts(plain(engine)))
 
     def wait_ready(self) -> None:
@@ -97,9 +102,10 @@ class EngineProcess:
         what, *values = next(self._messages, ("gone",))
         if what == "ready":
             limits, self.vocab_size, self.rung, *values = values
-            self.max_model_len, self.notice, stats, self._num_compilations = values
+            self.max_model_len, self.notice, stats, counts, self._num_compilations = values
             self.limits = SchedulerLimits(*limits)
             self._stats = Stats(*stats)
+            self._launch_counts = launch_counts(counts)
             return
         raise DuetJAXError(values[0]) if what == "error" else self._obituary()
 
@@ -155,6 +161,11 @@ class EngineProcess:
         """See `EngineClient.stats`."""
         assert self._stats is not None, "stats() before wait_ready()"
         return self._stats
+
+    def launch_counts(self) -> LaunchCounts:
+        """See `EngineClient.launch_counts`; as of the process's last sign of life."""
+        assert self._launch_counts is not None, "launch_counts() before wait_ready()"
+        return self._launch_counts
 
     @property
     def num_slots(self) -> int:
@@ -218,7 +229,8 @@ class EngineProcess:
                 self._take_stats(stats, failure)
                 self._publish(step_outputs(outputs))
             elif what == "tick":
-                stats, self._silence, self._num_compilations, failure = values
+                stats, counts, self._silence, self._num_compilations, failure = values
+                self._launch_counts = launch_counts(counts)
                 self._take_stats(stats, failure)
             elif what == "launches":
                 self._tell_watchers(tuple(map(completed_launch, values[0])))

@@ -22,28 +22,32 @@ from duetjax import build
 from duetjax.build import LoadedModel, ModelRequest
 from duetjax.config import DuetJAXError, EngineConfig
 from duetjax.engine import EngineDead
-from duetjax.log_lines import log_to_stderr
+from duetjax.log_lines import LogFormat, log_to_stderr
 from duetjax.policy.request import FinishReason, StepOutputs
-from duetjax.wire import Channel, new_request, plain, plain_outputs
+from duetjax.wire import Channel, new_request, plain, plain_counts, plain_outputs
 
 TICK_SECONDS = 0.2  # between signs of life
 
 _log = logging.getLogger(__name__)
 
 
-def main(descriptor: int) -> None:
+def main(log_format: str, descriptor: int) -> None:
     """Serves the other end of a socket, which says what to load; never returns."""
-    work(descriptor, _load)
+    work(descriptor, _load, LogFormat(log_format))
 
 
-def work(descriptor: int, load: Callable[..., LoadedModel]) -> None:
+def work(
+    descriptor: int,
+    load: Callable[..., LoadedModel],
+    log_format: LogFormat = LogFormat.TEXT,
+) -> None:
     """Serves the other end of a socket with what `load` makes of its first message."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
     inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
-    with log_to_stderr():
+    with log_to_stderr(log_format):
         try:
             _, *values = inbox.get()
             _Worker(load(*values), channel).serve(inbox)
@@ -75,6 +79,7 @@ class _Worker:
             model.max_model_len,
             model.notice,
             plain(client.stats()),
+            plain_counts(client.launch_counts()),
             model.compilations(),
         )
         gc.collect()
@@ -121,8 +126,10 @@ class _Worker:
         self._is_started.wait()
         while True:
             client = self._client
-            count = self._model.compilations()
-            self._channel.send("tick", plain(client.stats()), client.silence, count, self._failure)
+            counts = plain_counts(client.launch_counts())
+            compiled = self._model.compilations()
+            stats = plain(client.stats())
+            self._channel.send("tick", stats, counts, client.silence, compiled, self._failure)
             time.sleep(TICK_SECONDS)
 
     @property

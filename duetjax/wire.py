@@ -18,11 +18,13 @@ from typing import Any
 from duetjax.config import SamplingParams
 from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.policy.launch import Lane, Program, Split
+from duetjax.policy.launch_counts import KindCounts, LaunchCounts
 from duetjax.policy.request import FinishReason, NewRequest, StepOutputs, TokenLogprob
 
 type Plain = bool | int | float | str | bytes | tuple[Plain, ...] | None
 
 _LENGTH_BYTES = 8
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 class Channel:
@@ -104,6 +106,8 @@ def plain(value: object) -> Any:  # noqa: ANN401
 
     Numbers of other kinds than Python's own, as numpy has them, become those.
     """
+    if type(value) in _PLAIN:
+        return value
     if is_dataclass(value):
         return tuple([plain(getattr(value, field.name)) for field in fields(value)])
     if isinstance(value, Enum):
@@ -125,19 +129,32 @@ def plain_outputs(outputs: StepOutputs) -> Plain:
     """`plain` for what is sent every step."""
     finished = tuple([(request_id, why.value) for request_id, why in outputs.finished])
     logprobs = tuple([(row, score.logprob, score.top) for row, score in outputs.logprobs])
-    return outputs.ids, outputs.tokens, finished, logprobs, outputs.cached
+    others = outputs.cached, outputs.queued, outputs.launches
+    return outputs.ids, outputs.tokens, finished, logprobs, *others
 
 
 def step_outputs(values: tuple[Any, ...]) -> StepOutputs:
     """The inverse of `plain_outputs`."""
-    ids, tokens, finished, logprobs, cached = values
+    ids, tokens, finished, logprobs, *others = values
     return StepOutputs(
         ids,
         tokens,
         tuple([(request_id, FinishReason(why)) for request_id, why in finished]),
         tuple([(row, TokenLogprob(logprob, top)) for row, logprob, top in logprobs]),
-        cached,
+        *others,
     )
+
+
+def plain_counts(counts: LaunchCounts) -> Plain:
+    """`plain` for what is sent while nobody waits, but the engine's thread wants to run."""
+    kinds = [(k.lane, k.program, k.steps, k.predicted, k.measured, k.errors) for k in counts.kinds]
+    return counts.launches, tuple(kinds), counts.tokens, counts.begun, counts.ended
+
+
+def launch_counts(values: tuple[Any, ...]) -> LaunchCounts:
+    """The inverse of `plain_counts`."""
+    launches, kinds, *others = values
+    return LaunchCounts(launches, tuple([KindCounts(*kind) for kind in kinds]), *others)
 
 
 def completed_launch(values: tuple[Any, ...]) -> CompletedLaunch:

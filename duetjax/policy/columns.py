@@ -25,7 +25,8 @@ class Columns:
     tokens [slots, max_model_len]: prompt and output so far, `length` of them. computed: fed by
     launches that have been committed. planned: with those in flight; a row that stops early never
     gets there. end: most it will ever feed. room: what its pages hold. ticket: last launch that
-    names the slot. takes: whether its owner still takes results.
+    names the slot; launches: how many have named it since its owner came. takes: whether its
+    owner still takes results.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -36,6 +37,7 @@ class Columns:
         self.end = np.zeros(num_slots, np.int64)
         self.room = np.zeros(num_slots, np.int64)
         self.ticket = np.full(num_slots, NO_TICKET, np.int64)
+        self.launches = np.zeros(num_slots, np.int64)
         self.takes = np.zeros(num_slots, np.bool_)
 
     def open(self, slot: int, known: Tokens, *, computed: int, end: int, room: int) -> None:
@@ -45,6 +47,7 @@ class Columns:
         self.computed[slot] = self.planned[slot] = computed
         self.end[slot], self.room[slot] = end, room
         self.ticket[slot] = NO_TICKET
+        self.launches[slot] = 0
         self.takes[slot] = True
 
     def known(self, slot: int) -> Tokens:

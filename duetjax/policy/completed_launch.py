@@ -16,7 +16,9 @@ class CompletedLaunch:
     the policy said when it was planned. predicted_ms, measured_ms: of all its steps; the former
     None where nobody foretells. began: when it was planned or its lane became free for it, seconds
     by the engine's clock; measured_ms is from there to `ended`. running, waiting, pages_free: as in
-    `Stats`, before anything was planned anew.
+    `Stats`, before anything was planned anew. ids: of its requests, those that decoded first, then
+    one for each chunk. generated: tokens handed on, and step_ends: when steps ended; both since
+    somebody looked, so of a launch that was under way then perhaps not all.
     """
 
     ticket: Ticket
@@ -36,6 +38,9 @@ class CompletedLaunch:
     running: int
     waiting: int
     pages_free: int
+    ids: tuple[str, ...]
+    generated: int
+    step_ends: tuple[float, ...]
 
 
 def completed(flight: Flight, began: float, ended: float, roster: Roster) -> CompletedLaunch:
@@ -59,4 +64,7 @@ def completed(flight: Flight, began: float, ended: float, roster: Roster) -> Com
         running=roster.num_running,
         waiting=len(roster.queue),
         pages_free=roster.pool.num_free,
+        ids=flight.batch.ids + tuple([chunk.request.new.id for chunk in flight.chunks]),
+        generated=flight.generated,
+        step_ends=flight.step_ends,
     )

@@ -34,7 +34,8 @@ class Pace:
 class Flight:
     """A launch that has not completed: its rows are those of `batch`, then one per chunk.
 
-    step: what it was foretold by. began: when it was planned. why: see `Aggregate`.
+    step: what it was foretold by. began: when it was planned. why: see `Aggregate`. generated,
+    step_ends: see `CompletedLaunch`.
     """
 
     launch: Launch
@@ -44,6 +45,8 @@ class Flight:
     began: float
     why: str
     next_step: int = 0
+    generated: int = 0
+    step_ends: tuple[float, ...] = ()
 
 
 class Flights:
@@ -158,8 +161,13 @@ class Flights:
         buckets = self._limits.prefill_buckets if chunks else self._limits.decode_buckets
         bucket = buckets[bisect_left(buckets, num_tokens)]
         columns.ticket[batch.slots] = ticket
+        columns.launches[batch.slots] += 1
         if chunks:
             columns.ticket[fed] = ticket
+            columns.launches[fed] += 1
+            for chunk in chunks:
+                if chunk.request.began is None:
+                    chunk.request.began = self.now
         step, predicted_ms = None, None
         if self._durations is not None:
             step = Step(lane, split, program, bucket, *_tokens(batch, chunks, k, columns))

@@ -95,7 +95,9 @@ class RequestOutput(NamedTuple):
 
     token_ids: newly sampled ids, in order, never empty unless finish says why it ended.
     logprobs: one per token id where the request asked for them, else empty. num_cached_tokens: in
-    the first output of a request, how many tokens of its prompt came from the prefix cache.
+    the first output of a request, how many tokens of its prompt came from the prefix cache;
+    queued_seconds: there too, how long it waited for its first launch. num_launches: in the last
+    one, how many launches were planned with it.
     """
 
     id: str
@@ -103,6 +105,8 @@ class RequestOutput(NamedTuple):
     finish: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    queued_seconds: float = 0.0
+    num_launches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,8 @@ class StepOutputs:
 
     ids, tokens: one sampled token per request. finished: (id, why) of requests whose last output
     this is, in `ids` or, without a token, not. logprobs, cached: (row, its logprob), (row, its
-    num_cached_tokens), for the rows that have any.
+    num_cached_tokens), for the rows that have any. queued: (row, its queued_seconds) of first
+    outputs. launches: (id, its num_launches) of those that a step finished.
     """
 
     ids: tuple[str, ...] = ()
@@ -119,18 +124,26 @@ class StepOutputs:
     finished: tuple[tuple[str, FinishReason], ...] = ()
     logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
     cached: tuple[tuple[int, int], ...] = ()
+    queued: tuple[tuple[int, float], ...] = ()
+    launches: tuple[tuple[str, int], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.ids or self.finished)
 
     def __iter__(self) -> Iterator[RequestOutput]:
         finished, logprobs, cached = dict(self.finished), dict(self.logprobs), dict(self.cached)
+        queued, launches = dict(self.queued), dict(self.launches)
         for row, (request_id, token) in enumerate(zip(self.ids, self.tokens, strict=True)):
             scored = (logprobs[row],) if row in logprobs else ()
             finish = finished.pop(request_id, None)
-            yield RequestOutput(request_id, (token,), finish, scored, cached.get(row, 0))
+            output = RequestOutput(request_id, (token,), finish, scored, cached.get(row, 0))
+            if row in queued:
+                output = output._replace(queued_seconds=queued[row])
+            if finish is not None:
+                output = output._replace(num_launches=launches.get(request_id, 0))
+            yield output
         for request_id, why in finished.items():
-            yield RequestOutput(request_id, (), why)
+            yield RequestOutput(request_id, (), why, num_launches=launches.get(request_id, 0))
 
 
 class Phase(Enum):
@@ -162,7 +175,8 @@ class Request:
     computed the same at once. twin: the page it computes next, where others wait for it. keys:
     what identifies each full page among its siblings: its tokens. num_cached: tokens that it
     found in the prefix cache when it was first admitted. num_muted: tokens to be sampled once
-    more, handed on before.
+    more, handed on before. arrived: when it was added. began: when its first launch was planned.
+    num_launches: planned with it before it was last preempted.
     """
 
     new: NewRequest
@@ -176,6 +190,9 @@ class Request:
     keys: list[bytes] = field(default_factory=list)
     num_cached: int | None = None
     num_muted: int = 0
+    arrived: float = 0.0
+    began: float | None = None
+    num_launches: int = 0
 
     @property
     def wants_top(self) -> bool:

@@ -26,6 +26,8 @@ class _Outputs:
     finished: list[tuple[str, FinishReason]] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
     cached: list[tuple[int, int]] = field(default_factory=list)
+    queued: list[tuple[int, float]] = field(default_factory=list)
+    launches: list[tuple[str, int]] = field(default_factory=list)
 
     def done(self) -> StepOutputs:
         return StepOutputs(
@@ -34,6 +36,8 @@ class _Outputs:
             tuple(self.finished),
             tuple(self.logprobs),
             tuple(self.cached),
+            tuple(self.queued),
+            tuple(self.launches),
         )
 
 
@@ -99,8 +103,11 @@ class Results:
             return
         if request.new.sampling.logprobs is not None:
             out.logprobs.append((len(out.ids), _logprob(request, row, result)))
-        if length == len(request.new.prompt) and request.num_cached:
-            out.cached.append((len(out.ids), request.num_cached))
+        if length == len(request.new.prompt):
+            if request.num_cached:
+                out.cached.append((len(out.ids), request.num_cached))
+            assert request.began is not None, f"{request.new.id!r} sampled before it began"
+            out.queued.append((len(out.ids), request.began - request.arrived))
         out.ids.append(request.new.id)
         out.tokens.append(token)
 
@@ -139,6 +146,7 @@ class Results:
             why = FinishReason.STOP if stopped else FinishReason.LENGTH
         self._roster.end(request)
         out.finished.append((request.new.id, why))
+        out.launches.append((request.new.id, request.num_launches))
 
 
 def _logprob(request: Request, row: int, result: StepResult) -> TokenLogprob:

@@ -363,6 +363,7 @@ class Roster:
             ticket = None
         self.publish(request)
         self._unannounce(request)
+        request.num_launches += self.columns.launches.item(slot)
         self.deltas.forget(slot)
         self.pool.give_back(request.pages, request.chain, ticket)
         request.pages, request.chain = [], []

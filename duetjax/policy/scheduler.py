@@ -17,6 +17,7 @@ from duetjax.policy.completed_launch import CompletedLaunch, completed
 from duetjax.policy.durations import Step
 from duetjax.policy.flights import Flights, Pace
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split
+from duetjax.policy.launch_counts import NO_DECODES, NO_PROMPTS, LaunchCounter, LaunchCounts
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.policies import Aggregate, Aggregated, Decision, Details, Duet, Load, Policy
 from duetjax.policy.queue import rank
@@ -68,6 +69,7 @@ class Scheduler:
         self._sequence = count()
         self._prefilled_last = False
         self._decisions: Counter[str] = Counter()
+        self._counter = LaunchCounter()
         self._steps = 0
         self._busy_since = self._busy_seconds = 0.0
 
@@ -93,7 +95,8 @@ class Scheduler:
         if new.id in self._roster.live:
             raise InvalidRequest(f"request id {new.id!r} is already in use; choose another")
         place = rank(new, now, next(self._sequence))
-        self._roster.add(Request(new, place, known=np.array(new.prompt, np.int32)))
+        known = np.array(new.prompt, np.int32)
+        self._roster.add(Request(new, place, known, arrived=now))
 
     def abort(self, request_id: str, *, unless_begun: bool = False) -> bool:
         """Ends a request without output; False if it is not live (unknown or finished).
@@ -110,6 +113,7 @@ class Scheduler:
     def stats(self) -> Stats:
         """Gauges now and counters since the start."""
         roster, results, durations = self._roster, self._results, self.pace.durations
+        split = self._split
         return Stats(
             running=roster.num_running,
             waiting=len(roster.queue),
@@ -125,12 +129,24 @@ class Scheduler:
             prefix_hits=roster.prefix_hits,
             steps=self._steps,
             busy_seconds=self._busy_seconds,
+            decode_cores=0 if split is None else split.decode,
+            prefill_cores=0 if split is None else split.prefill,
             decisions=tuple(self._decisions.items()),
             predicted_ttft_ms=self.predicted_ttft_ms(0),
             ms_per_prompt_token=self._flights.ms_per_token,
             prediction_error=None if durations is None else durations.median_error,
             predictions_trusted=durations is None or durations.is_trusted,
         )
+
+    def launch_counts(self) -> LaunchCounts:
+        """Launches completed since the start, but for those that were skipped; for any thread."""
+        return self._counter.counts()
+
+    @property
+    def _split(self) -> Split | None:
+        """Of the episode in progress."""
+        flights = self._flights
+        return flights.episode.split if flights.are_split and flights.episode else None
 
     def predicted_ttft_ms(self, num_tokens: int) -> float | None:
         """Milliseconds to the first token of a prompt of so many tokens that came now.
@@ -178,9 +194,12 @@ class Scheduler:
             return None
         decision = self._policy.decide(load)
         flights.why = decision.why
+        were_split = flights.are_split
         launch = self._planned(decision, load)
         if launch is not None:
             self._decisions[decision.why] += 1
+            if launch.split is not None and not were_split:
+                self._counter.episode_began()
         return launch
 
     def _planned(self, decision: Decision, load: Load) -> Launch | None:
@@ -232,13 +251,12 @@ class Scheduler:
         slots = roster.decoding.batch().slots
         left = roster.columns.end[slots] - roster.columns.planned[slots]
         free = roster.pool.num_available * self.limits.page_size // max(1, len(slots))
-        episode = flights.episode if flights.are_split else None
         return Details(
             contexts=roster.columns.planned[slots],
             prompts=tuple(roster.unplanned(request) for request in roster.prefilling),
             tbt_slo_ms=self._tightest_slo_ms(),
             max_k=min(int(left.max(initial=1)), free + 1),
-            split=None if episode is None else episode.split,
+            split=self._split,
             handed_over_ms=flights.since_prefill_ms if roster.deltas.handovers else 0.0,
         )
 
@@ -339,11 +357,23 @@ class Scheduler:
         flight = self._flights.step(finished)
         outputs = self._results.take(flight.launch, flight.batch, flight.chunks, finished.result)
         self._steps += 1
+        if self.watcher is not None:
+            flight.generated += len(outputs.tokens)
+            flight.step_ends += (now,)
         if flight.next_step == flight.launch.k:
             began = self._flights.complete(flight, now)
             self._roster.complete(finished.ticket)
+            self._counter.completed(flight, now - began)
+            if flight.launch.split is not None and not self._flights.are_split:
+                self._counter.episode_ended(self._why_ended())
             if self.watcher is not None:
                 self.watcher(completed(flight, began, now, self._roster))
         if not self._flights:
             self._busy_seconds += now - self._busy_since
         return outputs
+
+    def _why_ended(self) -> str:
+        """Of an episode whose last launch has just completed."""
+        if not self._roster.prefilling:
+            return NO_PROMPTS
+        return self._flights.why if self._roster.decoding else NO_DECODES

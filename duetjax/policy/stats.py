@@ -11,7 +11,8 @@ class Stats:
     are held. preempted_tokens: computed KV that preemption threw away. prompt_tokens: of prompts
     computed to their end, each counted once. prefix_queries, prefix_hits: tokens of admitted
     requests, and those found in the prefix cache. steps: finished. busy_seconds: with a launch
-    in flight. decisions: of launches, (why they were made so, how many). predicted_ttft_ms: of a
+    in flight. decode_cores, prefill_cores: of the split of the episode in progress, 0 where there
+    is none. decisions: of launches, (why they were made so, how many). predicted_ttft_ms: of a
     short prompt that came now, if it finds a slot; ms_per_prompt_token: at which pace prompts are
     computed; both None before the first launch foretold.
     prediction_error: see `Durations`, None where nobody foretells; predictions_trusted too.
@@ -31,6 +32,8 @@ class Stats:
     prefix_hits: int
     steps: int
     busy_seconds: float
+    decode_cores: int
+    prefill_cores: int
     decisions: tuple[tuple[str, int], ...]
     predicted_ttft_ms: float | None
     ms_per_prompt_token: float | None

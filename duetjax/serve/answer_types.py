@@ -108,12 +108,24 @@ class _ChatAnswer(TypedDict):
     prompt_token_ids: NotRequired[list[TokenId]]
 
 
+class Timings(TypedDict):
+    """How long a choice's parts took; launches is null where a stop string ended it."""
+
+    index: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float
+    launches: int | None
+
+
 class ChatCompletion(_ChatAnswer):
     """The answer to a conversation."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    duetjax_timings: NotRequired[list[Timings]]
 
 
 class ChatCompletionChunk(_ChatAnswer):
@@ -122,6 +134,7 @@ class ChatCompletionChunk(_ChatAnswer):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    duetjax_timings: NotRequired[list[Timings]]
 
 
 class CompletionLogprobs(TypedDict):
@@ -163,6 +176,7 @@ class Completion(_CompletionAnswer):
 
     choices: list[CompletionChoice]
     usage: Usage
+    duetjax_timings: NotRequired[list[Timings]]
 
 
 class CompletionChunk(_CompletionAnswer):
@@ -170,6 +184,7 @@ class CompletionChunk(_CompletionAnswer):
 
     choices: list[CompletionChunkChoice]
     usage: NotRequired[Usage | None]
+    duetjax_timings: NotRequired[list[Timings]]
 
 
 class Model(TypedDict):

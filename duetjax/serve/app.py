@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,12 +24,15 @@ from duetjax.serve.debug import StepsEndpoint
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.endpoint import GenerationEndpoint
 from duetjax.serve.errors import HttpError, handle_fault, model_not_found
+from duetjax.serve.exposition import CONTENT_TYPE
 from duetjax.serve.metrics import Metrics
 from duetjax.serve.openapi import OpenApiEndpoint
+from duetjax.serve.page import Page
 from duetjax.serve.probes import probes
 from duetjax.serve.queue_bound import QueueBound
 from duetjax.serve.request_ids import RequestIds
 from duetjax.serve.tokenization import TokenizationEndpoint, detokenize, tokenize
+from duetjax.serve.tracing import TraceEndpoint
 
 
 def create_app(service: Service) -> Starlette:
@@ -38,14 +40,11 @@ def create_app(service: Service) -> Starlette:
 
     `app.state.context` is the `Context` that the routes share.
     """
-    metrics = Metrics(service.client, service.model_names[0], service.compilations)
-    context = Context(
-        service,
-        Dispatcher(),
-        Admission(),
-        metrics,
-        QueueBound(service.client, service.limits),
+    queue = QueueBound(service.client, service.limits)
+    metrics = Metrics(
+        service.client, service.model_names[0], service.compilations, queue, service.tbt_slo_ms
     )
+    context = Context(service, Dispatcher(), Admission(), metrics, queue)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -98,7 +97,9 @@ def _routes(context: Context) -> list[Route]:
         *probes(context),
         Route("/metrics", partial(_show_metrics, context)),
         Route("/debug/steps", StepsEndpoint(context), methods=["GET"]),
+        Route("/debug/trace", TraceEndpoint(context), methods=["GET"]),
         Route("/openapi.json", OpenApiEndpoint(service).answer),
+        Route("/", Page().answer),
     ]
 
 
@@ -122,7 +123,7 @@ async def _show_limits(service: Service, request: Request) -> Response:
 
 
 async def _show_metrics(context: Context, request: Request) -> Response:
-    return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class Call:
     """Everything decided about one HTTP call before the engine sees it.
 
     n: generations per prompt. prompt_tokens: each prompt counted once, whatever n is. headers: for
-    the response. ttft_slo_ms: its objective for the first token; None is the server's.
+    the response. ttft_slo_ms: its objective for the first token; None is the server's. timings:
+    whether the client asks how long its parts took.
     """
 
     choices: tuple[Choice, ...]
@@ -91,13 +92,15 @@ class Call:
     include_usage: bool
     headers: Mapping[str, str]
     ttft_slo_ms: float | None = None
+    timings: bool = False
 
-    def with_objectives(self, objectives: Objectives) -> Self:
-        """The same call with objectives of its own, where it brings any."""
+    def with_headers(self, objectives: Objectives, *, timings: bool) -> Self:
+        """The same call with what its headers ask for: objectives of its own, and timings."""
         choices = self.choices
         if (tbt := objectives.tbt_ms) is not None:
             choices = tuple(replace(c, new=replace(c.new, tbt_slo_ms=tbt)) for c in choices)
-        return replace(self, choices=choices, ttft_slo_ms=objectives.ttft_ms)
+        ttft = objectives.ttft_ms
+        return replace(self, choices=choices, ttft_slo_ms=ttft, timings=timings)
 
     def usage(self, completion_tokens: int, cached: Mapping[int, int]) -> dict[str, Any]:
         """OpenAI's usage object; cached: tokens that each choice found in the prefix cache.

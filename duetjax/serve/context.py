@@ -8,6 +8,7 @@ from duetjax.engine import Engine
 from duetjax.serve.admission import Admission
 from duetjax.serve.dispatch import Dispatcher
 from duetjax.serve.limits import Limits
+from duetjax.serve.lives import Lives
 from duetjax.serve.metrics import Metrics
 from duetjax.serve.queue_bound import QueueBound
 from duetjax.text.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ class Service:
     max_tokens is None where they recommend none. compilations: how many programs XLA has compiled
     in this process. api_key: None lets everybody in. ping_seconds: silence after which a stream
     says so. strict_params: refuse unknown fields instead of naming them. metrics_public: show
-    /metrics without a key. watchdog_s: see `EngineConfig`; 0 watches nothing.
+    /metrics without a key. watchdog_s, tbt_slo_ms: see `EngineConfig`; 0 watches nothing.
     """
 
     client: Engine
@@ -41,6 +42,7 @@ class Service:
     strict_params: bool = False
     metrics_public: bool = False
     watchdog_s: float = 0.0
+    tbt_slo_ms: float = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +54,4 @@ class Context:
     admission: Admission
     metrics: Metrics
     queue: QueueBound
+    lives: Lives = field(default_factory=Lives)

@@ -8,13 +8,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import fields
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from duetjax.engine import CompletedLaunches
+from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.serve.context import Context
 from duetjax.serve.errors import HttpError, engine_dead, error_object, not_running
 from duetjax.serve.events import DONE, HEADERS, begin, event, write
@@ -23,6 +25,9 @@ MAX_WATCHERS = 8
 MAX_BACKLOG = 1024
 _LOOK_SECONDS = 0.1
 _PING = b": still watching\n\n"
+FOR_TRACES = frozenset({"ids", "generated", "step_ends"})
+"""Fields of a `CompletedLaunch` that are no part of an event."""
+_TOLD = [each.name for each in fields(CompletedLaunch) if each.name not in FOR_TRACES]
 
 
 class Backlog:
@@ -49,10 +54,11 @@ class Backlog:
             rounds, dropped = tuple(self._rounds), self._dropped
             self._rounds.clear()
             self._dropped = 0
-        launches = [launch for each in rounds for launch in each]
-        events: list[object] = list(launches)
+        events: list[dict[str, Any]] = [
+            {name: getattr(launch, name) for name in _TOLD} for each in rounds for launch in each
+        ]
         if dropped:
-            events[0] = asdict(launches[0]) | {"dropped": dropped}
+            events[0]["dropped"] = dropped
         return b"".join(map(event, events))
 
 

@@ -16,6 +16,7 @@ from duetjax.serve.context import Context, Service
 from duetjax.serve.generation import Generation
 from duetjax.serve.objectives import objectives
 from duetjax.serve.streaming import send_stream
+from duetjax.serve.timings import wants_timings
 
 
 class GenerationEndpoint:
@@ -36,13 +37,14 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         with self._context.admission.admit():
             objective = objectives(request.headers)
+            timings = wants_timings(request.headers)
             try:
                 body = await read_json(request, self._context.service.limits)
             except ClientDisconnect:
                 return
             self._context.queue.check(1)  # before tokenising, which is most of a refusal's cost
             call = await asyncio.to_thread(self._prepare, self._context.service, body)
-            call = call.with_objectives(objective)
+            call = call.with_headers(objective, timings=timings)
             generation = Generation(self._context, call, arrived)
             answer = _answer(self._context, generation, call, scope, receive, send)
             await _while_connected(receive, answer)
@@ -71,7 +73,8 @@ async def _collect(call: Call, generation: Generation) -> Response:
         if (delta := await generation.next()) is not None:
             deltas[delta.index].append(delta)
     whole = call.reply.whole([joined(own) for own in deltas])
-    body = orjson.dumps(whole | {"usage": call.usage(generation.num_tokens, generation.cached)})
+    usage = {"usage": call.usage(generation.num_tokens, generation.cached)}
+    body = orjson.dumps(whole | usage | generation.told_timings())
     return Response(body, headers=call.headers, media_type="application/json")
 
 

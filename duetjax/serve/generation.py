@@ -1,9 +1,10 @@
 """The engine requests behind one HTTP call: submitted together, ended together."""
 
+import asyncio
 import math
 import time
 from collections import deque
-from typing import Self
+from typing import Any, Self
 
 from duetjax.engine import EngineDead
 from duetjax.policy.request import FinishReason, NewRequest, RequestOutput, TokenLogprob
@@ -18,15 +19,19 @@ from duetjax.serve.errors import (
     non_finite_logits,
     not_running,
 )
+from duetjax.serve.metrics import AbortCause
+from duetjax.serve.timings import Timings
 from duetjax.text.stream import TextDelta, TextStream
 from duetjax.text.tokenizer import Tokenizer
+from duetjax.trace_events import RequestLife
 
 
 class _Progress:
     """One choice under way: its text so far, and when its tokens came.
 
     queued_tokens: of a prompt that waits for its first token; 0 from then on, and for all choices
-    of a prompt but the first.
+    of a prompt but the first. queued: seconds from its submission to its first launch, as its first
+    token tells.
     """
 
     def __init__(self, choice: Choice, tokenizer: Tokenizer, queued_tokens: int) -> None:
@@ -34,6 +39,7 @@ class _Progress:
         self.choice = choice
         self.queued_tokens = queued_tokens
         self.num_tokens = 0
+        self.queued = 0.0
         self.first_at = 0.0
         self.last_at = 0.0
         self._text = TextStream(
@@ -77,6 +83,7 @@ class Generation:
         self._dispatcher = context.dispatcher
         self._metrics = context.metrics
         self._queue = context.queue
+        self._lives = context.lives
         self._arrived = arrived
         self._ids = [choice.new.id for choice in call.choices]
         self._open = {
@@ -91,6 +98,10 @@ class Generation:
         self._must_begin = arrived + (self._limits.queue_timeout_s or math.inf)
         self._waited_too_long = False
         self._unfinished_because = FinishReason.ABORT
+        self._cause: AbortCause | None = None
+        self._n = call.n
+        self._submitted = arrived
+        self._timings: dict[int, Timings] | None = {} if call.timings else None
         self.num_tokens = 0
         self.cached: dict[int, int] = {}  # by choice
 
@@ -98,6 +109,7 @@ class Generation:
         tokens = sum(progress.queued_tokens for progress in self._open.values())
         self._queue.check(len(self._ids), tokens, self._ttft_slo_ms)
         self._mailbox = self._dispatcher.subscribe(self._ids)
+        self._submitted = time.perf_counter()
         submitted: list[str] = []
         try:
             for progress in self._open.values():
@@ -109,14 +121,38 @@ class Generation:
                 self._client.abort(request_id)
             raise
         self._queue.queued_tokens += tokens
+        self._queue.arrivals.update(dict.fromkeys(self._ids, self._arrived))
+        self._metrics.prompts_submitted(self._n, len(self._ids) // self._n)
+        for request_id in self._ids:
+            self._lives.begin(request_id, self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._dispatcher.unsubscribe(self._ids)
+        is_gone = kind is not None and issubclass(kind, asyncio.CancelledError)
+        otherwise = AbortCause.CLIENT_GONE if is_gone else AbortCause.INTERNAL_ERROR
         for request_id, progress in self._open.items():
             self._leave_queue(progress)
             self._client.abort(request_id)
             self._metrics.finished[self._unfinished_because].inc()
+            self._metrics.aborted[self._cause or otherwise].inc()
+            self._lives.end(request_id, self._unfinished_because, time.perf_counter())
+
+    def life(
+        self, request_id: str, finish: FinishReason | None = None, ended: float | None = None
+    ) -> RequestLife:
+        """What there is to say of one of its requests that is open; by time.perf_counter."""
+        progress = self._open[request_id]
+        return RequestLife(
+            id=request_id,
+            arrived=self._arrived,
+            first_token=progress.first_at if progress.num_tokens else None,
+            ended=ended,
+            prompt_tokens=len(progress.choice.new.prompt),
+            cached_tokens=self.cached.get(progress.choice.index, 0),
+            generated=progress.num_tokens,
+            finish=None if finish is None else finish.value,
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -148,8 +184,9 @@ class Generation:
                     raise self._too_late()
                 if (progress := self._open.get(output.id)) is not None:
                     return self._advance(progress, output, at)
-        except HttpError:
+        except HttpError as error:
             self._unfinished_because = FinishReason.ERROR
+            self._cause = AbortCause(error.reason)
             raise
 
     async def _next_mail(self) -> Mail | None:
@@ -193,15 +230,16 @@ class Generation:
         if output.num_cached_tokens:
             self.cached[choice.index] = output.num_cached_tokens
         if output.token_ids:
-            self._observe_tokens(progress, at, len(output.token_ids))
+            self._observe_tokens(progress, output, at)
         finish = output.finish
         delta, logprobs = progress.take(output)
         if delta.stopped:
             finish = FinishReason.STOP
             if output.finish is None:
                 self._client.abort(output.id)
+                self._metrics.aborted[AbortCause.STOP_STRING].inc()
         if finish is not None:
-            self._end(progress, finish)
+            self._end(progress, finish, output.num_launches)
         reason = None if finish is None else finish.value
         return Delta(choice.index, delta.text, output.token_ids, reason, logprobs)
 
@@ -216,13 +254,16 @@ class Generation:
             return shutting_down()
         if not self._client.is_healthy:
             return engine_dead(not_running(self._client))
+        self._metrics.corrupted.inc()
         return non_finite_logits()
 
-    def _observe_tokens(self, progress: _Progress, at: float, count: int) -> None:
+    def _observe_tokens(self, progress: _Progress, output: RequestOutput, at: float) -> None:
+        count = len(output.token_ids)
         if progress.num_tokens:
-            self._metrics.inter_token_latency.observe(at - progress.last_at)
+            self._metrics.token_came(at - progress.last_at, progress.choice.new.tbt_slo_ms)
         else:
             progress.first_at = at
+            progress.queued = min(output.queued_seconds, at - self._submitted)
             self._leave_queue(progress)
             self._metrics.time_to_first_token.observe(at - self._arrived)
         progress.last_at = at
@@ -231,13 +272,27 @@ class Generation:
 
     def _leave_queue(self, progress: _Progress) -> None:
         self._queue.queued_tokens -= progress.queued_tokens
+        self._queue.arrivals.pop(progress.choice.new.id, None)
         progress.queued_tokens = 0
 
-    def _end(self, progress: _Progress, finish: FinishReason) -> None:
+    def told_timings(self) -> dict[str, Any]:
+        """What an answer has of them, by choice; nothing unless the client asked."""
+        if self._timings is None:
+            return {}
+        return {"duetjax_timings": [each.told(i) for i, each in sorted(self._timings.items())]}
+
+    def _end(self, progress: _Progress, finish: FinishReason, num_launches: int) -> None:
         self._leave_queue(progress)
+        self._lives.end(progress.choice.new.id, finish, progress.last_at)
         del self._open[progress.choice.new.id]
-        self._metrics.finished[finish].inc()
-        self._metrics.e2e_request_latency.observe(progress.last_at - self._arrived)
-        if progress.num_tokens > 1:
-            decode_seconds = progress.last_at - progress.first_at
-            self._metrics.time_per_output_token.observe(decode_seconds / (progress.num_tokens - 1))
+        timings = Timings(
+            queue=progress.queued,
+            prefill=progress.first_at - self._submitted - progress.queued,
+            decode=progress.last_at - progress.first_at,
+            ttft=progress.first_at - self._arrived,
+            e2e=progress.last_at - self._arrived,
+            launches=num_launches,
+        )
+        self._metrics.generation_ended(progress.choice.new, finish, progress.num_tokens, timings)
+        if self._timings is not None:
+            self._timings[progress.choice.index] = timings

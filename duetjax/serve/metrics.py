@@ -1,13 +1,17 @@
-"""The series at /metrics: vLLM's names and buckets where vLLM has them, our own as duetjax_*."""
+"""The series at /metrics: vLLM's names and buckets where vLLM has them, our own as duetjax_*.
 
-from collections.abc import Callable, Iterator
+Labels come from the program alone, never from a request: nobody can make the page grow.
+"""
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from collections.abc import Callable, Iterable
+from enum import StrEnum
 
 from duetjax.engine import Engine
-from duetjax.policy.request import FinishReason
+from duetjax.policy.request import FinishReason, NewRequest
+from duetjax.serve.engine_metrics import EngineMetrics
+from duetjax.serve.exposition import Counter, Histogram, family, sample
+from duetjax.serve.queue_bound import QueueBound
+from duetjax.serve.timings import Timings
 
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -21,15 +25,41 @@ _REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+_CHOICE_BUCKETS = (1, 2, 5, 10, 20)
+
+
+class AbortCause(StrEnum):
+    """Why a generation was ended that the engine would have gone on with, or lost.
+
+    Beside the first two and the last, errors by their reason, as in duetjax_refused_requests.
+    """
+
+    CLIENT_GONE = "client_gone"
+    STOP_STRING = "stop_string"
+    QUEUE_TIMEOUT = "queue_timeout_s"
+    REQUEST_TIMEOUT = "request_timeout_s"
+    SHUTTING_DOWN = "shutting_down"
+    ENGINE_DEAD = "engine_dead"
+    NON_FINITE_LOGITS = "non_finite_logits"
+    INTERNAL_ERROR = "internal_error"
 
 
 class Metrics:
-    """One app's registry: what it observes per request, and the engine's own counts at scrape."""
+    """What one app observes per request, beside the engine's own counts; for its loop's thread."""
 
-    def __init__(self, client: Engine, model_name: str, compilations: Callable[[], int]) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(client, model_name, compilations))
-        self._model_name = model_name
+    def __init__(
+        self,
+        client: Engine,
+        model_name: str,
+        compilations: Callable[[], int],
+        queue: QueueBound,
+        tbt_slo_ms: float,
+    ) -> None:
+        self._labels = {"model_name": model_name}
+        self._engine = EngineMetrics(client, model_name, compilations)
+        self._queue = queue
+        self._tbt_slo_ms = tbt_slo_ms
+        self._histograms: list[Histogram] = []
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the request's arrival", _TTFT_BUCKETS
         )
@@ -44,100 +74,140 @@ class Metrics:
         self.e2e_request_latency = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the last token", _REQUEST_BUCKETS
         )
-        finished = Counter(
-            "vllm:request_success",
-            "Generations by how they ended",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds",
+            "From the engine's taking a request to its first launch",
+            _REQUEST_BUCKETS,
         )
-        self.finished = {r: finished.labels(model_name, r.value) for r in FinishReason}
-        self._refused = Counter(
-            "duetjax_refused_requests",
-            "Requests turned away or given up, by the limit they met or the error's code",
-            ["reason"],
-            registry=self.registry,
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds",
+            "From a request's first launch to its first token",
+            _REQUEST_BUCKETS,
         )
-        self._refused.labels("queue_full")
+        self.decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last", _REQUEST_BUCKETS
+        )
+        self.inference_time = self._histogram(
+            "request_inference_time_seconds",
+            "From a request's first launch to its last token",
+            _REQUEST_BUCKETS,
+        )
+        sizes = _one_two_five(client.limits.max_model_len)
+        self.prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Of a finished request", sizes
+        )
+        self.generation_tokens = self._histogram(
+            "request_generation_tokens", "Of a finished request", sizes
+        )
+        self.params_n = self._histogram(
+            "request_params_n", "n, once for each prompt", _CHOICE_BUCKETS
+        )
+        self.params_max_tokens = self._histogram(
+            "request_params_max_tokens", "Tokens that a request may generate at most", sizes
+        )
+        self.finished = {reason: Counter() for reason in FinishReason}
+        self.aborted = {cause: Counter() for cause in AbortCause}
+        self.corrupted = Counter()
+        self.late_tokens = Counter()
+        self._refused = {"queue_full": Counter()}
 
     def refuse(self, reason: str) -> None:
-        """Counts a request that was turned away or given up."""
-        self._refused.labels(reason).inc()
+        """Counts a request that was turned away or given up; reason: one of the program's own."""
+        self._refused.setdefault(reason, Counter()).inc()
+
+    def prompts_submitted(self, n: int, count: int) -> None:
+        """The engine has taken `count` prompts, each `n` times."""
+        for _ in range(count):
+            self.params_n.observe(n)
+
+    def token_came(self, gap_seconds: float, tbt_slo_ms: float | None) -> None:
+        """So long after the one before; tbt_slo_ms: what was asked for, None is the server's."""
+        self.inter_token_latency.observe(gap_seconds)
+        if 1e3 * gap_seconds > (self._tbt_slo_ms if tbt_slo_ms is None else tbt_slo_ms):
+            self.late_tokens.inc()
+
+    def generation_ended(
+        self, new: NewRequest, finish: FinishReason, num_tokens: int, timings: Timings
+    ) -> None:
+        """A generation has come to its end with so many tokens."""
+        self.finished[finish].inc()
+        self.e2e_request_latency.observe(timings.e2e)
+        self.queue_time.observe(timings.queue)
+        self.prefill_time.observe(timings.prefill)
+        self.decode_time.observe(timings.decode)
+        self.inference_time.observe(timings.prefill + timings.decode)
+        self.prompt_tokens.observe(len(new.prompt))
+        self.generation_tokens.observe(num_tokens)
+        self.params_max_tokens.observe(new.max_tokens)
+        if num_tokens > 1:
+            self.time_per_output_token.observe(timings.decode / (num_tokens - 1))
 
     def render(self) -> bytes:
-        """The text exposition format of every series."""
-        return generate_latest(self.registry)
-
-    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(
-            f"vllm:{name}", documentation, ["model_name"], registry=self.registry, buckets=buckets
-        )
-        return histogram.labels(self._model_name)
-
-
-class _EngineCollector(Collector):
-    """Reads the engine's stats when scraped, so that they are never older than the scrape."""
-
-    def __init__(self, client: Engine, model_name: str, compilations: Callable[[], int]) -> None:
-        self._client = client
-        self._compilations = compilations
-        self._labels = {"model_name": model_name}
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._client.stats()
-        in_use = stats.pages_held + stats.pages_quarantined
-        usage = in_use / stats.pages_total if stats.pages_total else 0.0
-        yield self._gauge("vllm:num_requests_running", "Requests being computed", stats.running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests in the queue", stats.waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "KV pages in use, 1 is all of them", usage)
-        yield self._counter("vllm:prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
-        yield self._counter("vllm:generation_tokens", "Tokens sampled", stats.generation_tokens)
-        yield self._counter("vllm:num_preemptions", "Requests put back", stats.preemptions)
-        yield self._counter(
-            "vllm:prefix_cache_queries", "Tokens looked up when admitted", stats.prefix_queries
-        )
-        yield self._counter(
-            "vllm:prefix_cache_hits", "Of those, tokens found computed", stats.prefix_hits
-        )
-        pages = GaugeMetricFamily("duetjax_pages", "KV pages by state", labels=["state"])
-        pages.add_metric(["free"], stats.pages_free)
-        pages.add_metric(["held"], stats.pages_held)
-        pages.add_metric(["quarantined"], stats.pages_quarantined)
-        pages.add_metric(["cached"], stats.pages_cached)
-        yield pages
-        decided = CounterMetricFamily(
-            "duetjax_decisions", "Launches by what the policy decided", labels=["outcome"]
-        )
-        for outcome, count in stats.decisions:
-            decided.add_metric([outcome], count)
-        yield decided
-        if stats.predicted_ttft_ms is not None:
-            ttft = "Until a short prompt that comes now has its first token, by prediction"
-            seconds = stats.predicted_ttft_ms / 1e3
-            yield GaugeMetricFamily("duetjax_predicted_ttft_seconds", ttft, seconds)
-        if stats.prediction_error is not None:
-            error = "Median relative error of predicted launch times, of late"
-            yield GaugeMetricFamily("duetjax_prediction_error", error, stats.prediction_error)
-            trusted = "1 while predictions are near enough to be planned by"
-            yield GaugeMetricFamily(
-                "duetjax_predictions_trusted", trusted, float(stats.predictions_trusted)
+        """All series, in Prometheus' text format."""
+        page = [histogram.render() for histogram in self._histograms]
+        model, success = self._labels, "vllm:request_success_total"
+        ended = [
+            sample(success, counter.value, {**model, "finished_reason": reason.value})
+            for reason, counter in self.finished.items()
+        ]
+        page.append(family(success, "counter", "Generations by how they ended", ended))
+        name = "vllm:corrupted_requests_total"
+        corrupted = sample(name, self.corrupted.value, model)
+        page.append(family(name, "counter", "Ended as their logits were not finite", [corrupted]))
+        page.append(
+            _counters(
+                "duetjax_refused_requests_total",
+                "Requests turned away or given up, by the limit they met or the error's code",
+                "reason",
+                self._refused.items(),
             )
-        if self._client.rung:
-            rung = GaugeMetricFamily("duetjax_rung", "How launches run; 1", labels=["rung"])
-            rung.add_metric([self._client.rung], 1)
-            yield rung
-        healthy = "1 while the engine runs and takes requests; 0 before and after"
-        yield GaugeMetricFamily("duetjax_engine_healthy", healthy, self._client.is_healthy)
-        silence = "What the slowest step in flight, or round of the engine, has taken so far"
-        yield GaugeMetricFamily("duetjax_silence_seconds", silence, self._client.silence)
-        compiled = "Programs compiled by XLA in this process; constant once it serves"
-        yield CounterMetricFamily("duetjax_compilations", compiled, self._compilations())
+        )
+        page.append(
+            _counters(
+                "duetjax_aborts_total",
+                "Generations ended before the engine would have, or lost, by why",
+                "cause",
+                self.aborted.items(),
+            )
+        )
+        late = "Gaps between tokens that were longer than the request's objective"
+        name = "duetjax_late_tokens_total"
+        page.append(family(name, "counter", late, [sample(name, self.late_tokens.value, {})]))
+        gauges = (
+            (
+                "duetjax_tbt_objective_seconds",
+                "For the time between tokens, where a request brings none",
+                self._tbt_slo_ms / 1e3,
+            ),
+            (
+                "duetjax_queued_prompt_tokens",
+                "Of prompts whose first token has not come",
+                self._queue.queued_tokens,
+            ),
+            (
+                "duetjax_queue_oldest_seconds",
+                "Age of the oldest request whose first token has not come; 0 where there is none",
+                self._queue.oldest_seconds(),
+            ),
+        )
+        page += [family(n, "gauge", about, [sample(n, value, {})]) for n, about, value in gauges]
+        page.append(self._engine.render())
+        return "".join(page).encode()
 
-    def _gauge(self, name: str, documentation: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, documentation, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+    def _histogram(self, name: str, documentation: str, bounds: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(f"vllm:{name}", documentation, bounds, self._labels)
+        self._histograms.append(histogram)
+        return histogram
 
-    def _counter(self, name: str, documentation: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, documentation, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+
+def _counters(
+    name: str, documentation: str, label: str, counters: Iterable[tuple[str, Counter]]
+) -> str:
+    values = [sample(name, each.value, {label: str(of)}) for of, each in counters]
+    return family(name, "counter", documentation, values)
+
+
+def _one_two_five(most: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20 and so on up to `most`: vLLM's buckets for tokens."""
+    powers = range(len(str(most)))
+    return tuple(m * 10**power for power in powers for m in (1, 2, 5) if m * 10**power <= most)

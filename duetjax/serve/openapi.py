@@ -16,6 +16,8 @@ from duetjax.serve.auth import PUBLIC_PATHS
 from duetjax.serve.context import Service
 from duetjax.serve.objectives import MILLISECONDS, TBT_HEADERS, TTFT_HEADERS
 from duetjax.serve.openapi_schemas import Schema, schemas
+from duetjax.serve.timings import TIMINGS_HEADER
+from duetjax.serve.tracing import MAX_SECONDS
 
 _CODES: Mapping[int, tuple[str, ...]] = {
     400: (
@@ -95,7 +97,19 @@ _OBJECTIVES = (
     _objective("to the first token", *TTFT_HEADERS),
     _objective("between tokens", *TBT_HEADERS),
 )
+_TIMINGS: Schema = {
+    "name": TIMINGS_HEADER,
+    "in": "header",
+    "description": "1: the answer, or its last event but one, has a field duetjax_timings.",
+    "schema": {"enum": ["0", "1"]},
+}
 _MODEL_ID = {"name": "id", "in": "path", "required": True, "schema": _ref("ModelName")}
+_WINDOW = {
+    "name": "seconds",
+    "in": "query",
+    "description": "How long to look.",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SECONDS, "default": 5},
+}
 _TURNS = [{"role": "user", "content": "What is TTFT?"}]
 
 _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
@@ -106,7 +120,7 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         (*_WORK, 429, 504),
         "CompletionBody",
         {"prompt": "Prefill is", "max_tokens": 8},
-        _OBJECTIVES,
+        (*_OBJECTIVES, _TIMINGS),
     ),
     ("POST", "/v1/chat/completions"): _Operation(
         "createChatCompletion",
@@ -115,7 +129,7 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         (*_WORK, 429, 504),
         "ChatBody",
         {"messages": _TURNS, "max_tokens": 8},
-        _OBJECTIVES,
+        (*_OBJECTIVES, _TIMINGS),
     ),
     ("GET", "/v1/models"): _Operation("listModels", "What is served", {_JSON: _ref("ModelList")}),
     ("GET", "/v1/models/{id}"): _Operation(
@@ -158,8 +172,18 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         {_EVENTS: _events("CompletedLaunch")},
         (429, 503),
     ),
+    ("GET", "/debug/trace"): _Operation(
+        "trace",
+        "Launches and requests of the next seconds, in the Trace Event Format",
+        {_JSON: {"type": "object", "required": ["traceEvents", "otherData"]}},
+        (429, 503),
+        parameters=(_WINDOW,),
+    ),
     ("GET", "/openapi.json"): _Operation(
         "retrieveOpenApi", "This document", {_JSON: {"type": "object"}}
+    ),
+    ("GET", "/"): _Operation(
+        "showPage", "Chat and watch, in a browser", {"text/html": {"type": "string"}}
     ),
 }
 

@@ -13,6 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from duetjax.config import INTEGER_RANGES, MAX_STOP_IDS, RANGES
 from duetjax.serve.answer_types import ANSWERS
 from duetjax.serve.context import Service
+from duetjax.serve.debug import FOR_TRACES
 from duetjax.serve.protocol import NEUTRAL, WITHOUT_EFFECT, ChatBody, CompletionBody
 from duetjax.serve.tokenization import MOST_TOKENS_A_POSITION, DetokenizeBody, TokenizeBody
 
@@ -60,10 +61,7 @@ def schemas(service: Service, error_codes: tuple[str, ...]) -> dict[str, Schema]
         for name, kind in (("prompt", "string"), ("messages", "array"))
     ]
     _complete_limits(named["Limits"])
-    named["CompletedLaunch"]["properties"]["dropped"] = {
-        "type": "integer",
-        "description": "Launches before this one that came too fast for the watcher.",
-    }
+    _complete_launch(named["CompletedLaunch"])
     for schema in named.values():
         if schema.get("additionalProperties"):  # a request's
             schema["additionalProperties"] = not service.strict_params
@@ -96,6 +94,17 @@ def _complete(properties: dict[str, Schema]) -> None:
         properties[name] = {"description": "Without effect."}
     for name in _NOTES.keys() & properties.keys():
         properties[name]["description"] = _NOTES[name]
+
+
+def _complete_launch(schema: Schema) -> None:
+    """Leaves out and adds what /debug/steps does."""
+    for name in FOR_TRACES:
+        del schema["properties"][name]
+        schema["required"].remove(name)
+    schema["properties"]["dropped"] = {
+        "type": "integer",
+        "description": "Launches before this one that came too fast for the watcher.",
+    }
 
 
 def _complete_limits(schema: Schema) -> None:

@@ -1,6 +1,7 @@
 """How much may wait: what comes beyond is told when to come again."""
 
 import math
+import time
 
 from duetjax.config import InvalidRequest
 from duetjax.engine import Engine
@@ -16,7 +17,8 @@ class QueueBound:
 
     Live is what has been submitted and has not ended, so no place need be given back. Used on the
     event loop's thread alone, where all submissions are made. queued_tokens: of prompts that were
-    submitted and whose first token has not come; whoever submits adds them and takes them off.
+    submitted and whose first token has not come; arrivals: when such requests came, by id, the
+    oldest first, in seconds of time.perf_counter. Whoever submits adds them and takes them off.
     """
 
     def __init__(self, client: Engine, limits: Limits) -> None:
@@ -26,6 +28,12 @@ class QueueBound:
         self._most = None if queued is None else client.num_slots + queued
         self._waits_for_low_water = False
         self.queued_tokens = 0
+        self.arrivals: dict[str, float] = {}
+
+    def oldest_seconds(self) -> float:
+        """How long the oldest of `arrivals` has waited; 0 where there is none."""
+        first = next(iter(self.arrivals.values()), None)
+        return 0.0 if first is None else time.perf_counter() - first
 
     def check(self, count: int, tokens: int = 0, ttft_slo_ms: float | None = None) -> None:
         """Raises a 429 where `count` generations of `tokens` prompt tokens are too many now.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from duetjax.log_lines import current_request_id
 from duetjax.serve.errors import HttpError, error_response, internal_error
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class RequestIds:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        current_request_id.set(request_id)  # for what is logged while it is answered
         has_begun = False
 
         async def send_with_id(message: Message) -> None:

@@ -6,8 +6,8 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 
@@ -17,6 +17,7 @@ from duetjax.serve.app import create_app
 from duetjax.serve.context import Context, Service
 from duetjax.serve.errors import engine_dead, not_running
 from duetjax.serve.h11_protocol import TimedProtocol
+from duetjax.serve.tracing import TraceFile
 
 _log = logging.getLogger(__name__)
 _FOR_EVER = 10**9  # seconds
@@ -38,13 +39,20 @@ class HttpServer:
 
     shutdown_timeout: seconds that calls in flight have to finish once it drains. Once the engine
     has failed the server gives every call up, says so to all comers for some seconds, and ends.
+    trace: what to write of its first seconds, or of all where they are fewer.
     """
 
     def __init__(
-        self, service: Service, listener: socket.socket, *, shutdown_timeout: float = 30.0
+        self,
+        service: Service,
+        listener: socket.socket,
+        *,
+        shutdown_timeout: float = 30.0,
+        trace: TraceFile | None = None,
     ) -> None:
         self._service = service
         self._shutdown_timeout = shutdown_timeout
+        self._trace = trace
         self._socket = listener
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -99,10 +107,26 @@ class HttpServer:
         while not self._uvicorn.started and not serving.done():
             await asyncio.sleep(0.01)
         if self._uvicorn.started:
-            announce(f"duetjax: serving {self._service.model_names[0]} on {self.url}")
-            await self._until_stopped_or_dead()
+            async with self._tracing():
+                announce(f"duetjax: serving {self._service.model_names[0]} on {self.url}")
+                await self._until_stopped_or_dead()
             self._uvicorn.should_exit = True
         await serving
+
+    @asynccontextmanager
+    async def _tracing(self) -> AsyncIterator[None]:
+        """Writes the trace that was asked for; leaving ends its window."""
+        if self._trace is None:
+            yield
+            return
+        ended = asyncio.Event()
+        recording = asyncio.create_task(self._trace.record(self._context, ended))
+        await asyncio.sleep(0)  # it has begun
+        try:
+            yield
+        finally:
+            ended.set()
+            await recording
 
     def _on_stop(self) -> None:
         if self._stopping.is_set():

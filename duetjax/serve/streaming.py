@@ -49,9 +49,11 @@ async def _send_chunks(call: Call, generation: Generation, send: Send, unsent: l
             unsent.clear()
             if events:
                 await write(send, events)
+    last = generation.told_timings()
     if call.include_usage:
-        usage = {"usage": call.usage(generation.num_tokens, generation.cached)}
-        unsent.append(event(call.reply.last() | usage))
+        last = {"usage": call.usage(generation.num_tokens, generation.cached)} | last
+    if last:
+        unsent.append(event(call.reply.last() | last))
 
 
 class _Spelling:

@@ -103,12 +103,10 @@ class Served:
 def serving(folder: Path, engine: FakeEngine | None = None, **changes) -> Iterator[Served]:
     """A server in a thread, stopped at the end whatever the test left behind."""
     engine = engine or FakeEngine()
-    shutdown_timeout = changes.pop("shutdown_timeout", 0.0)
-    server = HttpServer(
-        make_service(folder, engine, **changes),
-        bind("127.0.0.1", 0),
-        shutdown_timeout=shutdown_timeout,
-    )
+    options = {"shutdown_timeout": 0.0, "trace": None}
+    options |= {name: changes.pop(name) for name in options.keys() & changes.keys()}
+    service = make_service(folder, engine, **changes)
+    server = HttpServer(service, bind("127.0.0.1", 0), **options)
     lines: list[str] = []
     is_up = threading.Event()
 

@@ -32,7 +32,9 @@ from duetjax.policy.calibration import FEWEST_ERRORS
 from duetjax.policy.flights import Pace
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane
+from duetjax.serve.limits import OFFLINE
 from duetjax.serve.metrics import Metrics
+from duetjax.serve.queue_bound import QueueBound
 
 SOON, LATER = range(200), range(200, 10**9)
 """The launches in which calibration has to learn, and those after them."""
@@ -185,7 +187,8 @@ def test_losing_trust_and_regaining_it_are_at_metrics(device):
 def scraped(run):
     """The engine's own series at /metrics, by name and labels."""
     client = EngineClient(run.scheduler, run.executor, vocab_size=2**31)
-    text = Metrics(client, "model", lambda: 0).render().decode()
+    queue = QueueBound(client, OFFLINE)
+    text = Metrics(client, "model", lambda: 0, queue, SLO_MS).render().decode()
     return {
         (sample.name, *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text)

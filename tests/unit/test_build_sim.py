@@ -173,7 +173,7 @@ def test_a_script_without_a_profile_has_room_for_every_slot():
 
 def test_a_script_with_a_profile_has_its_memory(tmp_path):
     document = read_hardware_profile(shipped_file(Kind.HARDWARE, "l40s")).to_json()
-    document["memory_bytes"]["value"] = 2.5e8
+    document["memory_bytes"]["value"] = 4e8
     (tmp_path / "small.json").write_text(json.dumps(document))
     with LLM(hardware_profile=tmp_path / "small.json", **QUICK) as llm:
         stats = llm._model.engine.stats()

@@ -61,6 +61,9 @@ def test_a_prefill_and_the_decodes_after_it_are_told_with_their_numbers():
         running=1,
         waiting=0,
         pages_free=14,
+        ids=("a",),
+        generated=1,
+        step_ends=(1.0,),
     )
     decode = replace(
         prefill,
@@ -73,8 +76,10 @@ def test_a_prefill_and_the_decodes_after_it_are_told_with_their_numbers():
         measured_ms=1500.0,
         began=1.0,
         ended=2.5,
+        step_ends=(2.5,),
     )
     last = replace(decode, ticket=2, measured_ms=250.0, began=2.5, ended=2.75, running=0)
+    last = replace(last, step_ends=(2.75,))
     assert told[:2] == [prefill, decode]
     assert told[2:] == [replace(last, pages_free=run.stats.pages_free)]
     run.check_end()
@@ -89,6 +94,7 @@ def test_a_mixed_launch_is_told_with_both_its_kinds_of_rows():
     assert (mixed.program, mixed.decode_rows) == (Program.PREFILL, 2)
     assert (mixed.prompt_chunks, mixed.prompt_tokens) == (2, 6)
     assert (mixed.running, mixed.waiting) == (4, 1)
+    assert (mixed.ids, mixed.generated) == (("a", "b", "c", "d"), 3)
 
 
 def test_a_launch_planned_ahead_is_measured_from_when_its_lane_was_free():
@@ -128,9 +134,12 @@ def test_both_lanes_of_a_split_are_told_with_all_steps_of_a_launch_at_once():
     assert (decode.lane, decode.split, decode.program) == (Lane.DECODE, SPLIT, Program.DECODE)
     assert (decode.k, decode.decode_rows, decode.prompt_chunks) == (4, 1, 0)
     assert (decode.predicted_ms, decode.measured_ms) == (20.0, 1000.0)
+    assert (decode.ids, decode.generated) == (("a",), 4)
+    assert decode.step_ends == (2.25, 2.5, 2.75, 3.0)
     assert (prefill.lane, prefill.split, prefill.program) == (Lane.PREFILL, SPLIT, Program.PREFILL)
     assert (prefill.k, prefill.decode_rows, prefill.prompt_tokens) == (1, 0, 60)
     assert (prefill.predicted_ms, prefill.measured_ms) == (90.0, 1500.0)
+    assert (prefill.ids, prefill.generated, prefill.step_ends) == (("long",), 1, (3.5,))
     assert {each.why for each in told} == {"split"}
 
 
@@ -178,6 +187,20 @@ def test_the_rest_is_what_the_statistics_say_at_its_end(seed):
     assert [each.ticket for each in sorted(told, key=lambda each: each.ticket)] == [*range(seen)]
     assert seen == len(run.launches)
     assert Counter(each.why for each in told) == dict(run.stats.decisions)
+    assert sum(each.generated for each in told) == run.stats.generation_tokens
+
+
+def test_of_a_launch_under_way_only_steps_since_somebody_looked_are_told():
+    run = Run(limits(), StaticSplit(8, SPLIT, 3)).add(request("a", 2, 20))
+    run.turn()
+    run.add(request("long", 8, 3))
+    run.plan()
+    at(run, 1.0).finish_step(Lane.DECODE)
+    told = watched(run)
+    at(run, 2.0).finish_step(Lane.DECODE)
+    at(run, 3.0).finish_step(Lane.DECODE)
+    [decode] = told
+    assert (decode.k, decode.generated, decode.step_ends) == (3, 2, (2.0, 3.0))
 
 
 def test_while_nobody_looks_nothing_is_made(monkeypatch):

@@ -177,6 +177,9 @@ def test_launches_can_be_watched_and_a_watcher_may_raise(engine, told):
     assert len(calls) == 1
     assert {launch.lane.name for launch in seen} == {"WHOLE"}
     assert [launch.prompt_tokens for launch in seen if launch.prompt_chunks] == [3]
+    assert {launch.ids for launch in seen} == {("a",)}
+    assert sum(launch.generated for launch in seen) == 6
+    assert [launch.step_ends[-1] for launch in seen] == [launch.ended for launch in seen]
     stop()
     engine.submit(new("b", 6))
     told.wait("b")

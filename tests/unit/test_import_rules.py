@@ -76,6 +76,7 @@ RULES = {
         ours=(
             "duetjax.config",
             "duetjax.engine",
+            "duetjax.log_lines",
             "duetjax.policy",
             "duetjax.watchdog",
             "duetjax.wire",
@@ -100,6 +101,7 @@ RULES = {
             "duetjax.config",
             "duetjax.engine",
             "duetjax.engine_process",
+            "duetjax.log_lines",
             "duetjax.planning",
             "duetjax.policy.request",
             "duetjax.runtime.compilations",
@@ -318,8 +320,23 @@ RULES = {
         ),
         theirs=("tqdm",),
     ),
+    "duetjax.trace_events": Rule(
+        ours=("duetjax.policy.completed_launch", "duetjax.policy.launch"), theirs=("orjson",)
+    ),
+    "duetjax.timeline": Rule(ours=("duetjax.chart_axis", "duetjax.chart_svg", "duetjax.config")),
     "duetjax.serve": Rule(
-        ours=("duetjax.config", "duetjax.engine", "duetjax.policy.request", "duetjax.text"),
+        ours=(
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.log_lines",
+            "duetjax.policy.completed_launch",
+            "duetjax.policy.launch_counts",
+            "duetjax.policy.request",
+            "duetjax.policy.stats",
+            "duetjax.text",
+            "duetjax.trace_events",
+            "duetjax.whole_file",
+        ),
         theirs=(
             "starlette",
             "pydantic",
@@ -327,7 +344,6 @@ RULES = {
             "orjson",
             "uvicorn",
             "h11",
-            "prometheus_client",
         ),
     ),
     "duetjax.cli": Rule(ours=FIRST_PARTY, theirs=("jax",)),

@@ -263,7 +263,7 @@ def test_a_row_that_is_not_finite_ends_its_request_and_no_other():
     flags = (RowFlag.NON_FINITE, RowFlag.SAMPLED)
     outputs = scheduler.commit(finished(prefill, flags=flags), 0.0)
     assert sorted(outputs, key=lambda output: output.id) == [
-        RequestOutput("a", (), FinishReason.ERROR),
+        RequestOutput("a", (), FinishReason.ERROR, num_launches=1),
         RequestOutput("b", (7,)),
     ]
     scheduler.check_integrity()
@@ -275,7 +275,8 @@ def test_a_row_that_is_not_finite_ends_its_request_and_no_other():
 def test_a_chunk_that_is_not_finite_ends_its_request_before_the_prompt_has_ended(launches_per_lane):
     scheduler, launches = planned(request("a", 18), launches_per_lane=launches_per_lane)
     outputs = scheduler.commit(finished(launches[0], flags=(RowFlag.NON_FINITE,)), 0.0)
-    assert list(outputs) == [RequestOutput("a", (), FinishReason.ERROR)]
+    ended = RequestOutput("a", (), FinishReason.ERROR, num_launches=launches_per_lane)
+    assert list(outputs) == [ended]
     assert not scheduler.has_work
     for launch in launches[1:]:
         assert not scheduler.commit(finished(launch, flags=(RowFlag.NON_FINITE,)), 0.0)

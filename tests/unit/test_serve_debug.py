@@ -257,6 +257,9 @@ def launch(ticket):
         running=6,
         waiting=7,
         pages_free=8,
+        ids=("a",) * 5,
+        generated=20,
+        step_ends=(1.005, 1.01, 1.015, 1.0215),
     )
 
 

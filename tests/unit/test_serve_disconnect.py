@@ -86,7 +86,7 @@ def test_a_client_that_leaves_ends_all_its_choices_but_those_that_have_finished(
             connection.sendall(request(prompt=["y", "a"], n=2))
             engine.executor.step(4)  # "y" has ended after two tokens
             wait_until(lambda: engine.stats().steps >= 4, "four steps")
-            wait_until(lambda: served.context.metrics.finished["stop"]._value.get() == 2, "ends")
+            wait_until(lambda: served.context.metrics.finished["stop"].value == 2, "ends")
         wait_until(lambda: len(engine.aborted) >= 2, "aborts")
         assert set(engine.aborted) == set(engine.submitted[2:])
         engine.executor.release()

@@ -64,6 +64,9 @@ class Script:
     def is_finished(self):
         return not self._batches
 
+    def told_timings(self):
+        return {}
+
     async def next(self):
         batch = self._batches[0]
         piece = batch.pop(0)

@@ -103,7 +103,7 @@ def test_a_picture_that_cannot_be_written_is_an_error(capsys, tmp_path):
         (("--tensor-parallel", "0"), "--tensor-parallel"),
         (("--tensor-parallel", "3"), "--tensor-parallel 3"),
         (("--gpu", "h300"), "--gpu h300"),
-        (("--gpu", "rtx-4090"), "no memory is left for KV pages"),
+        (("--gpu", "rtx-4090", "--max-num-batched-tokens", "32768"), "no memory is left for KV"),
         (("--max-model-len", "1048577", "--gpu-memory-utilization", "0.5"), "--max-model-len"),
         (("--policy", "static-split", "--split", "100/100"), "--split 100/100"),
         (("--trace", "nothing-such"), "nothing-such"),
