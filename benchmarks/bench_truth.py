@@ -8,6 +8,7 @@ requests, then of runs; the server tells means only, so the clients' are beside 
 out where it is not installed. Loads no jax. Takes about ten minutes. Last line: one JSON document.
 
     python benchmarks/bench_truth.py [--runs 5] [--aiperf build/clients/aiperf/bin/python]
+        [--loads alone,long,several]
 """
 
 import argparse
@@ -88,6 +89,7 @@ class Load:
 STEP_MS = 20.0
 LOADS = (
     Load("alone", STEP_MS, 60.0, 16, 20, spacing_ms=None),
+    Load("long", STEP_MS, 200.0, 16, 20, spacing_ms=None),
     Load("several", STEP_MS, STEP_MS, 32, 100, spacing_ms=(5.5 + sqrt(1.25)) * STEP_MS),
 )
 
@@ -275,6 +277,8 @@ def main() -> None:
     """Prints a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=5, help="of each tool; default: 5")
+    names = [load.name for load in LOADS]
+    parser.add_argument("--loads", type=lambda text: text.split(","), default=names)
     parser.add_argument(
         "--aiperf",
         type=Path,
@@ -288,7 +292,8 @@ def main() -> None:
         print(f"aiperf is left out: no {args.aiperf}; `make check-clients` makes one")
         python = None
     load_average = os.getloadavg()[0]
-    found = [row for load in LOADS for row in rows(load, measure(load, args.runs, python))]
+    loads = [load for load in LOADS if load.name in args.loads]
+    found = [row for load in loads for row in rows(load, measure(load, args.runs, python))]
     _print_tables(found)
     worst = {
         tool: round(max(abs(row.deviation_percent[tool]) for row in found), 2)
@@ -298,7 +303,7 @@ def main() -> None:
     result = {
         "benchmark": "bench_truth",
         "runs": args.runs,
-        "loads": [asdict(load) for load in LOADS],
+        "loads": [asdict(load) for load in loads],
         "found_ms": [_rounded(row) for row in found],
         "largest_deviation_percent": worst,
         "goal_percent": GOAL_PERCENT,
