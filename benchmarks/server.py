@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import orjson
 from checkout import commit
-from server_process import LONGEST, PATHS, STREAMS, TEXT, Case, serve
+from server_under_load import LONGEST, PATHS, STREAMS, TEXT, Case, serve
 
 PROMPTS = {
     "completions": {"prompt": "Once"},

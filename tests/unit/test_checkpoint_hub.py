@@ -166,7 +166,7 @@ def test_a_cached_model_is_found_offline(hub, downloaded):
 def test_an_unknown_repository_is_refused_with_the_three_things_tried(hub, home):
     [line] = resolve(hub, home, "org/nothing")
     assert line.startswith(
-        "refused --model org/nothing: no such folder, not a preset (llama-3.1-8b"
+        "refused --model org/nothing: no such folder, not a preset (llama-3.1-70b"
     )
     assert line.endswith(
         "on the hub not found: check the spelling, or set HF_TOKEN if it is private"
