@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000, help="0: any free port")
-    serve.add_argument("--api-key", help="demand this key as a bearer token")
+    serve.add_argument(
+        "--api-key", help="demand this key as a bearer token; default: DUETJAX_API_KEY's"
+    )
     serve.add_argument("--served-model-name", action="append", help="name in the API; repeatable")
     serve.add_argument(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds to finish in"
@@ -632,6 +634,9 @@ def _serve(args: argparse.Namespace) -> int:
         raise ConfigError("--host is empty; name an address, or 0.0.0.0 for all")
     if not 0 <= args.shutdown_timeout <= 1e6:
         raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout}: give seconds up to 10^6")
+    api_key = os.environ.get("DUETJAX_API_KEY") if args.api_key is None else args.api_key
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("--api-key, or DUETJAX_API_KEY, is empty; give a key, or leave it out")
     limits = _fields_of(Limits, args)
     trace = None if args.trace is None else TraceFile(args.trace, args.trace_seconds)
     request = ModelRequest(
@@ -648,7 +653,7 @@ def _serve(args: argparse.Namespace) -> int:
         service = _service(model, args.served_model_name or [model.name])
         service = replace(
             service,
-            api_key=args.api_key,
+            api_key=api_key,
             limits=limits,
             strict_params=args.strict_params,
             metrics_public=args.metrics_public,

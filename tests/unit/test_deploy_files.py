@@ -1,7 +1,10 @@
-"""deploy/ and docs/operations.md name the series that /metrics has, and no others."""
+"""deploy/ and docs/operations.md name what there is: series, flags, routes, files."""
 
+import argparse
 import json
 import re
+import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ from fake_engine import PATIENCE, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from duetjax.build import ModelRequest, load
+from duetjax.cli import _parser
 from duetjax.config import EngineConfig, SamplingParams
 from duetjax.policy.request import NewRequest
 from duetjax.serve.limits import Limits
 from duetjax.serve.metrics import Metrics
+from duetjax.serve.probes import probes
 from duetjax.serve.queue_bound import QueueBound
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +30,14 @@ EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]
 EXPRESSIONS += [rule["expr"] for rule in RULES]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 METRICS = PAGE.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+
+DEPLOY = ROOT / "deploy"
+CACHE = "/var/cache/duetjax"
+PORT = _parser().parse_args(["serve"]).port
+LONGEST_END = _parser().parse_args(["serve"]).shutdown_timeout + 38
+"""Seconds from SIGTERM on: a drain, 2 for error events, 1 for uvicorn, 30 + 5 for the engine."""
+NOT_OURS = {"--build-arg", "--gpus", "--stop-timeout"}
+"""Flags of docker."""
 
 OF_PROMETHEUS = {"job", "instance"}
 """Labels that a scrape adds."""
@@ -166,3 +179,199 @@ def test_the_page_lists_the_series_that_there_are_once_and_with_their_kinds(fami
     }
     assert len(rows()) == len(found)
     assert dict(rows()) == found
+
+
+def subparsers():
+    """Every command of duetjax, by name."""
+    actions = _parser()._actions
+    [commands] = [each for each in actions if isinstance(each, argparse._SubParsersAction)]
+    return commands.choices
+
+
+def parsed(arguments):
+    """What `duetjax` makes of a command line, on which every flag is written out."""
+    command, *rest = arguments
+    flags = {each.partition("=")[0] for each in rest if each.startswith("--")}
+    assert flags <= subparsers()[command]._option_string_actions.keys()
+    return _parser().parse_args(arguments)
+
+
+def probe_paths():
+    return {route.path for route in probes(None)}
+
+
+def instructions():
+    """(instruction, the rest) of each line of deploy/Dockerfile."""
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line]
+
+
+def the(name):
+    """The one instruction of the last stage that has this name."""
+    last = max(i for i, (each, _) in enumerate(instructions()) if each == "FROM")
+    [found] = [rest for each, rest in instructions()[last:] if each == name]
+    return found
+
+
+def copied():
+    """What the image takes of the repository."""
+    found = [rest.split()[:-1] for name, rest in instructions() if name == "COPY"]
+    return [source for sources in found if "--from" not in sources[0] for source in sources]
+
+
+def test_the_image_copies_what_exists_and_what_is_sent_to_the_builder():
+    ignore = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [rule for rule in ignore if rule and not rule.startswith("#")]
+    assert rules[0] == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == set(copied())
+    for source in copied():
+        assert (ROOT / source).exists(), source
+        assert not any(fnmatch(source, rule.removeprefix("**/")) for rule in rules[1:])
+
+
+def test_the_image_has_all_that_the_wheel_is_built_from():
+    sources = ["duetjax", "pallas_kernels", "launcher", "checkpoints/demo", "pyproject.toml"]
+    assert {*sources, "setup.py", "README.md", "LICENSE", "requirements.lock"} <= set(copied())
+
+
+def test_the_image_serves_as_nobody_special_on_the_port_that_it_exposes():
+    program, *arguments = json.loads(the("ENTRYPOINT"))
+    args = parsed(arguments)
+    assert (program, args.host, args.port) == ("duetjax", "0.0.0.0", PORT)
+    assert int(the("EXPOSE")) == PORT
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", the("USER"))
+    assert the("STOPSIGNAL") == "SIGTERM"
+    assert the("VOLUME") == CACHE
+    assert f"DUETJAX_CACHE_DIR={CACHE}" in the("ENV").split()
+
+
+def test_the_image_asks_whether_it_lives():
+    command = json.loads(the("HEALTHCHECK").partition(" CMD ")[2])
+    [(port, path)] = re.findall(r"http://127\.0\.0\.1:(\d+)(/\w+)", command[-1])
+    assert (int(port), path) == (PORT, "/livez")
+    assert path in probe_paths()
+    compile(command[-1], "HEALTHCHECK", "exec")
+
+
+def test_the_image_installs_an_extra_that_there_is():
+    [extras] = [rest.partition("=")[2] for name, rest in instructions() if name == "ARG"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"\n{extras} = [" in project.partition("[project.optional-dependencies]")[2]
+
+
+def unit():
+    """The settings of deploy/duetjax.service: section to name to values."""
+    found = {}
+    for line in (DEPLOY / "duetjax.service").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            section = found.setdefault(line.strip("[]"), {})
+        elif line and not line.startswith("#"):
+            name, equals, value = line.partition("=")
+            assert equals, line
+            section.setdefault(name, []).append(value)
+    return found
+
+
+def test_the_unit_runs_a_command_line_that_there_is_and_no_key_is_in_it():
+    [command] = unit()["Service"]["ExecStart"]
+    text = (DEPLOY / "duetjax.service").read_text(encoding="utf-8")
+    [example] = re.findall("DUETJAX_ARGS=(.*)", text)
+    program, *arguments = shlex.split(command.replace("$DUETJAX_ARGS", example))
+    assert program == "/opt/duetjax/bin/duetjax"
+    args = parsed(arguments)
+    assert (args.api_key, args.port) == (None, PORT)
+    assert "DUETJAX_API_KEY=" in text  # of the environment's file
+
+
+def test_the_unit_waits_for_a_drain_and_does_not_repeat_what_cannot_work():
+    service = {name: values[-1] for name, values in unit()["Service"].items()}
+    assert int(service["TimeoutStopSec"]) > LONGEST_END
+    assert (service["Restart"], service["KillMode"]) == ("on-failure", "mixed")
+    assert service["RestartPreventExitStatus"] == "2"
+    assert service["WorkingDirectory"] == f"/var/cache/{service['CacheDirectory']}" == CACHE
+    assert f"DUETJAX_CACHE_DIR={CACHE}" in unit()["Service"]["Environment"]
+
+
+@pytest.mark.parametrize(
+    "name", ["PrivateDevices", "DevicePolicy", "ProtectClock", "MemoryDenyWriteExecute"]
+)
+def test_the_unit_leaves_a_gpu_and_compiled_code_alone(name):
+    assert name not in unit()["Service"]
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """What deploy/kubernetes.yaml describes, by kind."""
+    text = (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
+    return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+@pytest.fixture
+def pod(objects):
+    return objects["Deployment"]["spec"]["template"]
+
+
+@pytest.fixture
+def container(pod):
+    [found] = pod["spec"]["containers"]
+    return found
+
+
+def test_the_pod_runs_a_command_line_that_there_is(container):
+    _, *entry = json.loads(the("ENTRYPOINT"))
+    args = parsed([*entry, *container["args"]])
+    assert [each["containerPort"] for each in container["ports"]] == [args.port] == [PORT]
+    [variable] = container["env"]
+    assert (args.api_key, variable["name"]) == (None, "DUETJAX_API_KEY")
+    assert variable["valueFrom"]["secretKeyRef"].keys() == {"name", "key"}
+
+
+def test_the_pod_is_asked_on_routes_that_there_are(container):
+    asked = {
+        name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")
+    }
+    assert {name: get["path"] for name, get in asked.items()} == {
+        "startup": "/livez",
+        "readiness": "/readyz",
+        "liveness": "/livez",
+    }
+    assert {get["path"] for get in asked.values()} <= probe_paths()
+    assert {get["port"] for get in asked.values()} == {container["ports"][0]["name"]}
+
+
+def test_the_pod_may_start_for_long_and_end_in_peace(objects, pod, container):
+    startup = container["startupProbe"]
+    patience = startup["periodSeconds"] * startup["failureThreshold"]
+    assert patience >= 1800
+    assert objects["Deployment"]["spec"]["progressDeadlineSeconds"] > patience
+    _, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > int(seconds) + LONGEST_END
+
+
+def test_the_pod_has_a_gpu_and_the_volumes_and_the_user_of_the_image(objects, pod, container):
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    security = pod["spec"]["securityContext"]
+    assert f"{security['runAsUser']}:{security['runAsGroup']}" == the("USER")
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert mounts == {"cache": CACHE, "tmp": "/tmp"}
+    assert mounts.keys() == {each["name"] for each in pod["spec"]["volumes"]}
+    claim = pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    assert claim == objects["PersistentVolumeClaim"]["metadata"]["name"]
+
+
+def test_the_service_finds_the_pods(objects, pod, container):
+    labels = pod["metadata"]["labels"]
+    assert objects["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert objects["Service"]["spec"]["selector"] == labels
+    [port] = objects["Service"]["spec"]["ports"]
+    assert (port["port"], port["targetPort"]) == (PORT, container["ports"][0]["name"])
+
+
+def test_the_page_names_flags_and_alike_numbers_that_there_are():
+    options = {flag for each in subparsers().values() for flag in each._option_string_actions}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - NOT_OURS <= options
+    assert f"TimeoutStopSec={unit()['Service']['TimeoutStopSec'][0]}" in PAGE
+    [grace] = re.findall(r"terminationGracePeriodSeconds: \d+", PAGE)
+    assert grace in (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ import pytest
 from fake_engine import PATIENCE, FakeEngine, wait_until
 from serve_setup import MODEL, events, make_service, post_bytes, read_all, serving, write_tokenizer
 
+from duetjax.cli import main
 from duetjax.config import ConfigError
 from duetjax.serve.server import HttpServer, bind
 
@@ -222,3 +223,12 @@ def test_a_second_signal_ends_the_stream_with_an_error_event(program):
             list(stream)
         assert caught.value.code == "shutting_down"
     assert end_of(process)[:2] == (0, "True\n")
+
+
+@pytest.mark.parametrize("where", ["flag", "variable"])
+def test_an_empty_key_is_refused_as_it_would_let_everybody_in(where, monkeypatch, capsys):
+    if where == "variable":
+        monkeypatch.setenv("DUETJAX_API_KEY", " ")
+    assert main(["serve", *(["--api-key", ""] if where == "flag" else [])]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("duetjax: error: --api-key, or DUETJAX_API_KEY, is empty; give a key")
