@@ -78,6 +78,11 @@ class Done:
         unfinished.replace(self._file)
 
 
+def _hears_ctrl_c() -> None:
+    """In a step's process, also where this one was started to ignore it, as by nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Call:
     """One call of the command line: what becomes of a part's steps in its time."""
 
@@ -142,6 +147,7 @@ class Call:
             env=self._environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_hears_ctrl_c,
         )
         try:
             return process.wait(seconds)
