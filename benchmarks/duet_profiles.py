@@ -5,7 +5,6 @@ Files are copied beside the cells, so that a profile measured anew later changes
 
 import ctypes
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,19 @@ from duet_cells import Backend
 from results_folder import gpu_name
 
 from duetjax.config import ConfigError
-from duetjax.policy.profiles import HardwareProfile
 from duetjax.profile_files import (
     Kind,
     by_name,
     read_hardware_profile,
     shipped,
     shipped_file,
+    shipped_like,
 )
 
 HARDWARE_FILE, MODEL_FILE = "hardware-profile.json", "model-profile.json"
 """As `duetjax profile` writes them, and as they are copied."""
 UNKNOWN = "h200-sxm"
 """For a GPU that no shipped profile knows."""
-_FORM = {"sxm", "80gb"}
-"""Words of a shipped name that no device calls itself by, as in duetjax/measured_hardware.py."""
 _MULTIPROCESSORS = 16
 """The driver's number of the attribute."""
 
@@ -127,17 +124,6 @@ def choose(
         )
         return _shipped(UNKNOWN)
     return _shipped(known.name)
-
-
-def shipped_like(kind: str, cores: int) -> HardwareProfile | None:
-    """As in duetjax/measured_hardware.py, which needs jax: the GPU that calls itself `kind`."""
-    words = set(re.findall(r"[a-z0-9.]+", kind.lower()))
-    for name in shipped(Kind.HARDWARE):
-        if set(name.split("-")) - _FORM <= words:
-            found = read_hardware_profile(shipped_file(Kind.HARDWARE, name))
-            if found.cores == cores:
-                return found
-    return None
 
 
 def _shipped(name: str) -> Profiles:

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -97,11 +95,9 @@ class Task:
 
 def static_split(hardware: HardwareProfile) -> tuple[int, int]:
     """The fewest cores for decode that reach nearly all of the memory's bytes/s."""
-    cores = [0, *(at.cores for at in hardware.curve)]
-    reached = [0.0, *(at.bytes_per_s for at in hardware.curve)]
-    splits = hardware.splits()
+    splits, most = hardware.splits(), hardware.curve[-1].bytes_per_s
     for split in splits:
-        if np.interp(split.decode, cores, reached) >= NEARLY_ALL * reached[-1]:
+        if hardware.reach(split.decode).bytes_per_s >= NEARLY_ALL * most:
             return split.decode, split.prefill
     middle = splits[len(splits) // 2]
     return middle.decode, middle.prefill

@@ -78,11 +78,6 @@ class Done:
         unfinished.replace(self._file)
 
 
-def _hears_ctrl_c() -> None:
-    """In a step's process, also where this one was started to ignore it, as by nohup."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Call:
     """One call of the command line: what becomes of a part's steps in its time."""
 
@@ -147,7 +142,6 @@ class Call:
             env=self._environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_hears_ctrl_c,
         )
         try:
             return process.wait(seconds)
@@ -193,8 +187,8 @@ def main() -> int:
             needs = f"  (needs {step.lacks})" if step.lacks else ""
             print(f"{step.seconds:5.0f} s  {step.name:24} {shlex.join(step.command[1:])}{needs}")
         return 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it came ignored, and
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at hand ends, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # steps hear it then, too, even
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # where it came ignored; both end them
     out.mkdir(parents=True, exist_ok=True)
     done = Done(out / "done.json")
     if args.again:

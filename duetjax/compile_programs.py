@@ -24,7 +24,7 @@ from duetjax.devices import Place, find_device
 from duetjax.policy.memory import DeviceMemory, kv_bytes
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 from duetjax.policy.shape_profile import shape_profile
-from duetjax.profile_files import by_name, find_hardware, make_folder
+from duetjax.profile_files import by_name, find_hardware, make_folder, write_in
 from duetjax.progress import progress_bar
 from duetjax.runtime.compiler import Compiler
 from duetjax.runtime.hlo_text import instructions
@@ -283,12 +283,5 @@ def write(compiled: Compiled, out: Path, document: object, picture: str | None) 
         **({} if picture is None else {PICTURE: picture}),
     }
     for name, text in texts.items():
-        part = out / f".{name}.{os.getpid()}.part"
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(out / name)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: {error.strerror}; name another folder") from error
-        finally:
-            part.unlink(missing_ok=True)
+        write_in(out, name, text)
     return [out / name for name in texts]

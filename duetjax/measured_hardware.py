@@ -3,14 +3,13 @@
 import gc
 import importlib.metadata
 import logging
-import re
 
 import jax
 
 from duetjax.devices import Device, memory_share
 from duetjax.host import host_memory
 from duetjax.policy.profiles import Basis, HardwareProfile, Origin
-from duetjax.profile_files import Kind, read_hardware_profile, shipped, shipped_file
+from duetjax.profile_files import shipped_like, slug
 from duetjax.runtime import gpu_rates
 from duetjax.runtime.gpu_rates import GpuRates
 from duetjax.runtime.host_rates import host_profile, host_rates
@@ -18,10 +17,6 @@ from duetjax.runtime.host_rates import host_profile, host_rates
 _log = logging.getLogger(__name__)
 
 _REPEATS = 5
-_ALIKE = 0.1
-"""So much the memory of two GPUs of a kind may differ, as counted by one or another."""
-_FORM = {"sxm", "80gb"}
-"""Words of a profile's name that are in no device's."""
 _UNKNOWN = {
     "contention_decode": 1.25,
     "contention_prefill": 1.1,
@@ -47,21 +42,6 @@ def measure_hardware(device: Device) -> HardwareProfile:
     kind = jax.devices()[0].device_kind
     known = shipped_like(kind, rates.curve[-1].cores, device.memory / memory_share())
     return gpu_profile(kind, rates, device.memory, known)
-
-
-def shipped_like(kind: str, cores: int, memory: float) -> HardwareProfile | None:
-    """The shipped profile of a GPU that calls itself `kind`; None where there is none.
-
-    memory: bytes, all of the GPU's, of which a GPU with the same name may have half.
-    """
-    words = set(_slug(kind).split("-"))
-    for name in shipped(Kind.HARDWARE):
-        if set(name.split("-")) - _FORM <= words:
-            found = read_hardware_profile(shipped_file(Kind.HARDWARE, name))
-            is_as_large = abs(memory / found.memory_bytes - 1) <= _ALIKE
-            if found.cores == cores and is_as_large:
-                return found
-    return None
 
 
 def gpu_profile(
@@ -94,7 +74,7 @@ def gpu_profile(
         assumed = Origin(Basis.ASSUMED, f"nobody has described the GPU {kind}")
         origins[name] = assumed if known is None else known.origins[name]
     return HardwareProfile(
-        name=_slug(kind),
+        name=slug(kind),
         curve=rates.curve,
         origins=origins,
         **values,  # type: ignore[arg-type]
@@ -121,7 +101,3 @@ def _sources(kind: str) -> dict[str, str]:
         "curve_flops_per_s": f"bfloat16 product of {size} by {size} matrices, {replayed}",
         "curve_bytes_per_s": f"copies of {copied} MiB, both ways counted, {replayed}",
     }
-
-
-def _slug(kind: str) -> str:
-    return "-".join(re.findall(r"[a-z0-9.]+", kind.lower()))

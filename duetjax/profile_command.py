@@ -30,13 +30,12 @@ from duetjax.policy.foresight import Foresight
 from duetjax.policy.grid import Case, Grid, repeats
 from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
-from duetjax.profile_files import find_hardware, make_folder
+from duetjax.profile_files import find_hardware, make_folder, write_in
 from duetjax.profile_report import Point, ProfileReport, draw, points_document
 from duetjax.progress import progress_bar
 from duetjax.runtime.case_timer import CaseTimer, DeviceHangs, Timing
 from duetjax.runtime.measured_profile import measured_profile
 from duetjax.runtime.rungs import Rung
-from duetjax.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -288,18 +287,11 @@ def _write_all(report: ProfileReport, calibrations: Path) -> None:
     _write(folder / HARDWARE_FILE, hardware.to_json())
     _write(folder / MODEL_FILE, model.to_json())
     _write(folder / POINTS_FILE, report.points_document())
-    _put(folder / PICTURE_FILE, draw(report).encode())
+    write_in(folder, PICTURE_FILE, draw(report))
     file = CalibrationFile(calibrations, model.model, hardware.name)
     file.write(kept.to_json())
     _log.info("what launches have taught is in %s", file.path)
 
 
 def _write(file: Path, document: object) -> None:
-    _put(file, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def _put(file: Path, data: bytes) -> None:
-    try:
-        write_whole(file, data, ".part")
-    except OSError as error:
-        raise ConfigError(f"--out {file.parent}: {error.strerror}; name another folder") from error
+    write_in(file.parent, file.name, json.dumps(document, indent=1) + "\n")

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,10 @@ from duetjax.config import ConfigError
 from duetjax.policy.profiles import HardwareProfile, ModelProfile
 
 _MOST_BYTES = 2**20
+_ALIKE = 0.1
+"""So much the memory of two GPUs of a kind may differ, as counted by one or another."""
+_FORM = {"sxm", "80gb"}
+"""Words of a profile's name that are in no device's."""
 
 
 class Kind(StrEnum):
@@ -48,6 +53,26 @@ def by_name(text: str, names: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def shipped_like(kind: str, cores: int, memory: float | None = None) -> HardwareProfile | None:
+    """The shipped profile of a GPU that calls itself `kind`; None where there is none.
+
+    memory: bytes, all of the GPU's, of which a GPU with the same name may have half; None: unknown.
+    """
+    words = set(slug(kind).split("-"))
+    for name in shipped(Kind.HARDWARE):
+        if set(name.split("-")) - _FORM <= words:
+            found = read_hardware_profile(shipped_file(Kind.HARDWARE, name))
+            is_as_large = memory is None or abs(memory / found.memory_bytes - 1) <= _ALIKE
+            if found.cores == cores and is_as_large:
+                return found
+    return None
+
+
+def slug(kind: str) -> str:
+    """What a device calls itself, as a name: "NVIDIA H200" is nvidia-h200."""
+    return "-".join(re.findall(r"[a-z0-9.]+", kind.lower()))
+
+
 def find_hardware(named: str | Path, flag: str) -> HardwareProfile:
     """A shipped profile by its name, any other by its file; `ConfigError` names the flag."""
     names = shipped(Kind.HARDWARE)
@@ -66,6 +91,18 @@ def make_folder(out: Path) -> None:
         raise ConfigError(f"--out {out}: {error.strerror}; name another folder") from error
     if not os.access(out, os.W_OK):
         raise ConfigError(f"--out {out}: no folder to write to; name another")
+
+
+def write_in(out: Path, name: str, text: str) -> None:
+    """A file of that folder, whole or not at all; `ConfigError` where it cannot be written."""
+    part = out / f".{name}.{os.getpid()}.part"
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(out / name)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; name another folder") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _folder(kind: Kind) -> Path:

@@ -134,13 +134,20 @@ def test_pages_neither_move_nor_change_hands_in_a_thousand_launches(engine):
 def test_whatever_is_planned_requests_get_the_tokens_that_they_get_alone(engine):
     """And the plans have everything that could change tokens."""
     counts, same = Counter(), []
-    for seed in PLANS:
+    for seed in range(2 * len(PLANS)):  # how often things happen depends on the machine's pace
+        if seed >= len(PLANS) and not rarer(counts):
+            break
         plan = Plan(seed, engine.lanes, engine.deliveries).play()
         counts += plan.happened()
         same += [asked.check() for asked in plan.asked.values()]
     assert len(same) > 4 * len(PLANS)
     assert sum(same) > 0.99 * len(same)
     assert {f"k={k}" for k in range(1, 17)} <= counts.keys()
+    assert rarer(counts) == {}
+
+
+def rarer(counts):
+    """What has not happened as often as it must for the comparison to mean something."""
     wanted = {
         "handovers": 200,
         "preemptions": 50,
@@ -148,9 +155,9 @@ def test_whatever_is_planned_requests_get_the_tokens_that_they_get_alone(engine)
         "stops": 50,
         "aborts": 20,
         f"{Lane.WHOLE} to {Lane.PREFILL}": 15,
-        f"{Lane.PREFILL} to {Lane.WHOLE}": 1,  # how often depends on the machine's pace
+        f"{Lane.PREFILL} to {Lane.WHOLE}": 3,
     }
-    assert {what: counts[what] for what, least in wanted.items() if counts[what] < least} == {}
+    return {what: counts[what] for what, least in wanted.items() if counts[what] < least}
 
 
 def test_a_static_split_gives_the_same_tokens(engine):

@@ -46,12 +46,15 @@ pathlib.Path({str(result)!r}).write_text("{{}}")
 @pytest.fixture
 def call(tmp_path, capsys):
     """Carries steps out in a new call; the exit code and the last line."""
+    # As main does: below nohup it comes ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(*steps, limit=60.0, part="part"):
         code = Call(part, Done(tmp_path / "done.json"), limit).carry_out(steps)
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, before)
 
 
 def test_steps_run_in_order_and_not_again(call, step, ran):
