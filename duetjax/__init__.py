@@ -5,14 +5,14 @@ Importing this package loads neither jax nor starlette; the names below load wha
 
 from typing import TYPE_CHECKING
 
-from duetjax.config import SamplingParams
+from duetjax.config import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from duetjax.async_llm import AsyncLLM
     from duetjax.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:

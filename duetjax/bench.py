@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 _OF_HTTP = ("base_url", "endpoint", "api_key", "header", "extra_body")
 _LEAST = {"max_concurrency": 1, "num_warmups": 0}
-_SECRET = ("api_key", "header")
+SECRET = ("api_key", "header")
+"""Flags that no result tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,9 @@ def bench(request: BenchRequest, in_process: InProcess | None = None) -> Report:
     arrivals = arrivals_of(request)
     measure = partial(_measure, request, arrivals)
     if in_process is None:
-        client, extra = Client(Address(request.base_url, _headers(request))), _extra(request)
-        _allow_many_connections()
+        client = client_of(request.base_url, request.api_key, request.header)
+        extra = _extra(request)
+        allow_many_connections()
         find = partial(Endpoint.find, client, request.endpoint, request.model, extra)
         target, outcome = asyncio.run(measure(find))
     else:
@@ -146,7 +148,7 @@ async def _begin(request: BenchRequest, in_process: InProcess, model: "LoadedMod
     return OwnEngine(model, params, in_process.engine.watchdog_s)
 
 
-def _allow_many_connections() -> None:
+def allow_many_connections() -> None:
     """As many files as the system lets this process open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
@@ -223,19 +225,29 @@ def _sampling(request: BenchRequest) -> dict[str, Any]:
 
 def _extra(request: BenchRequest) -> dict[str, Any]:
     """Fields of every body."""
+    return _sampling(request) | fields_of(request.extra_body)
+
+
+def fields_of(extra_body: str | None) -> dict[str, Any]:
+    """What --extra-body gives. Raises `ConfigError`."""
     try:
-        given = orjson.loads(request.extra_body or "{}")
+        given = orjson.loads(extra_body or "{}")
     except orjson.JSONDecodeError:
         given = None
     if not isinstance(given, dict):
-        raise ConfigError(f"--extra-body {request.extra_body}: give a JSON object")
-    return _sampling(request) | given
+        raise ConfigError(f"--extra-body {extra_body}: give a JSON object")
+    return given
 
 
-def _headers(request: BenchRequest) -> dict[str, str]:
-    key = request.api_key or os.environ.get("OPENAI_API_KEY")
+def client_of(base_url: str, api_key: str | None, header: Sequence[str]) -> Client:
+    """What sends requests, with these headers. Raises `ConfigError`."""
+    return Client(Address(base_url, _headers(api_key, header)))
+
+
+def _headers(api_key: str | None, header: Sequence[str]) -> dict[str, str]:
+    key = api_key or os.environ.get("OPENAI_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    for each in request.header:
+    for each in header:
         name, is_given, value = each.partition("=")
         if not is_given:
             raise ConfigError(f"--header {each}: write it like x-name=value")
@@ -258,7 +270,7 @@ def _asked_for(
     burstiness = request.burstiness
     if burstiness is None and request.trace is None:
         burstiness = 1.0
-    unsaid: Sequence[str] = _SECRET if in_process is None else _OF_HTTP
+    unsaid: Sequence[str] = SECRET if in_process is None else _OF_HTTP
     flags = {name: value for name, value in asdict(request).items() if name not in unsaid}
     if in_process is not None:
         flags |= asdict(in_process.model) | asdict(in_process.engine)
@@ -271,9 +283,9 @@ def _asked_for(
         "tokenizer_id": None,
         "num_prompts": len(arrivals),
         "request_rate": rate,
-        "burstiness": _plain(burstiness),
+        "burstiness": plain(burstiness),
         "max_concurrency": request.max_concurrency,
-        "arguments": {name: _plain(value) for name, value in flags.items()},
+        "arguments": {name: plain(value) for name, value in flags.items()},
     }
 
 
@@ -286,14 +298,19 @@ def _save(request: BenchRequest, document: Mapping[str, object]) -> None:
         backend = str(document["backend"]).replace(" ", "-")
         name = f"{backend}-{rate}qps{at_most}-{model}-{document['date']}.json"
         file = Path(name)
+    write_result(file, document)
+
+
+def write_result(file: Path, document: Mapping[str, object]) -> None:
+    """As one line of JSON. Raises `ConfigError`."""
     try:
         file.write_text(json.dumps(document), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--result-filename {file}: {error.strerror}; name another") from error
 
 
-def _plain(value: object) -> object:
-    """As JSON has it."""
+def plain(value: object) -> object:
+    """A flag's value as JSON has it."""
     if isinstance(value, float) and isinf(value):
         return "inf"
     return str(value) if isinstance(value, Path) else value

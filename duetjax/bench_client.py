@@ -118,7 +118,7 @@ class Client:
 
 
 class Connection(asyncio.Protocol):
-    """One request and its response. status: 0 until there is one."""
+    """One request and its response. status: 0 until there is one; headers: names in lower case."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -127,6 +127,7 @@ class Connection(asyncio.Protocol):
         self._sink: Sink
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
+        self.headers: Mapping[str, str] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ready to send."""
@@ -173,6 +174,10 @@ class Connection(asyncio.Protocol):
                         self._sink(at, bytes(event.data))
                     case h11.Response():
                         self.status = event.status_code
+                        self.headers = {
+                            name.decode("latin-1"): value.decode("latin-1")
+                            for name, value in event.headers
+                        }
                     case h11.EndOfMessage():
                         self._ended.set_result(None)
                         return
@@ -278,19 +283,33 @@ async def stream(connection: Connection, path: str, body: bytes, record: Record)
     if connection.status == 200:
         reader.close()
         return
-    try:
-        code = _code(orjson.loads(bytes(whole)))
-    except orjson.JSONDecodeError:
-        code = ""
-    record.error = f"{connection.status} {code}".strip()
+    record.error = Answer(connection.status, connection.headers, bytes(whole)).refusal
 
 
-async def get(client: Client, path: str) -> tuple[int, bytes]:
-    """Status and body of a GET. Raises `OSError`."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response that came whole. headers: names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def refusal(self) -> str:
+        """What a status other than 200 is counted as: itself, and the code that came with it."""
+        try:
+            code = _code(orjson.loads(self.body))
+        except orjson.JSONDecodeError:
+            code = ""
+        return f"{self.status} {code}".strip()
+
+
+async def ask(client: Client, method: str, path: str, body: bytes = b"") -> Answer:
+    """The response to a request on a new connection. Raises `OSError`."""
     connection, whole = await client.connect(), bytearray()
     try:
-        connection.send("GET", path, b"", lambda _, data: whole.extend(data))
+        connection.send(method, path, body, lambda _, data: whole.extend(data))
         await connection.end()
-        return connection.status, bytes(whole)
+        return Answer(connection.status, connection.headers, bytes(whole))
     finally:
         connection.close()

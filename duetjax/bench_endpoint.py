@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import orjson
 
-from duetjax.bench_client import Client, get, stream
+from duetjax.bench_client import Client, ask, stream
 from duetjax.bench_load import CHAT, Tokens, body_of
 from duetjax.bench_run import Send
 from duetjax.config import ConfigError
@@ -33,7 +33,7 @@ class Endpoint:
         cls, client: Client, path: str, model: str | None, extra: dict[str, Any]
     ) -> Self:
         """Asks the server what is not given. Raises `ConfigError`."""
-        model = model or await _first_model(client)
+        model = model or await first_model(client)
         vocab_size = _ANY_VOCABULARY if path == CHAT else await _vocab_size(client)
         return cls(client, path, model, vocab_size, extra)
 
@@ -54,7 +54,7 @@ class Endpoint:
 # What the server says of itself.
 
 
-async def _first_model(client: Client) -> str:
+async def first_model(client: Client) -> str:
     """The name under which the server serves a model. Raises `ConfigError`."""
     models = (await _asked(client, "/v1/models")).get("data")
     if not models:
@@ -77,16 +77,16 @@ async def _asked(client: Client, path: str) -> dict[str, Any]:
     where = f"{client.address.base_url}{path}"
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            status, body = await get(client, path)
+            answer = await ask(client, "GET", path)
     except OSError as error:
         why = error.strerror or str(error) or "no answer"
         raise ConfigError(f"{where}: {why}; start `duetjax serve`, or give --base-url") from None
-    if status in (401, 403):
-        raise ConfigError(f"{where}: {status}; give --api-key, or set OPENAI_API_KEY")
+    if answer.status in (401, 403):
+        raise ConfigError(f"{where}: {answer.status}; give --api-key, or set OPENAI_API_KEY")
     try:
-        document = orjson.loads(body)
+        document = orjson.loads(answer.body)
     except orjson.JSONDecodeError:
         document = None
-    if status != 200 or not isinstance(document, dict):
-        raise ConfigError(f"{where}: {status}; is this an OpenAI-compatible server?")
+    if answer.status != 200 or not isinstance(document, dict):
+        raise ConfigError(f"{where}: {answer.status}; is this an OpenAI-compatible server?")
     return document

@@ -15,12 +15,19 @@ from pathlib import Path
 from duetjax import build_sim
 from duetjax.checkpoint.generation import GenerationDefaults
 from duetjax.checkpoint.source import LoadFormat, ModelSource, SourceKind, resolve_model
-from duetjax.config import ConfigError, DeviceName, EngineConfig, ModelConfig, SamplingParams
+from duetjax.config import (
+    ConfigError,
+    DeviceName,
+    EngineConfig,
+    InvalidRequest,
+    ModelConfig,
+    SamplingParams,
+)
 from duetjax.engine import Engine
 from duetjax.engine_process import EngineProcess
 from duetjax.log_lines import LogFormat
 from duetjax.planning import check_profiles
-from duetjax.policy.request import NewRequest, new_requests
+from duetjax.policy.request import Constraint, NewRequest, new_requests
 from duetjax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -61,9 +68,27 @@ class LoadedModel:
         """The engine's requests for a prompt's n completions; draws a seed where none is given."""
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(62))
-        room = max(1, self.max_model_len - len(prompt))
-        eos = self.generation.eos_token_ids
-        return new_requests(request_id, prompt, params, eos_token_ids=eos, room=room)
+        return new_requests(
+            request_id,
+            prompt,
+            params,
+            eos_token_ids=self.generation.eos_token_ids,
+            room=max(1, self.max_model_len - len(prompt)),
+            constraint=self._constraint(params),
+        )
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                f"model {self.name} has no tokenizer to keep an answer to structured_outputs by",
+                param="structured_outputs",
+            )
+        from duetjax.constrain.grammars import check_together, grammar_of  # loads llguidance
+
+        check_together(params)
+        return Constraint(grammar_of(params.structured_outputs))
 
     @property
     def defaults(self) -> SamplingParams:
@@ -129,7 +154,7 @@ def load(
     from duetjax.build_device import build_engine  # loads jax
     from duetjax.runtime import compilations
 
-    client, plan = build_engine(source, engine, load_format=load_format)
+    client, plan = build_engine(source, engine, load_format=load_format, tokenizer=tokenizer)
     return loaded(engine=client, max_model_len=plan.max_model_len, compilations=compilations.count)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duetjax.build_permits import permit_issuer
 from duetjax.checkpoint.dummy import dummy_weights
 from duetjax.checkpoint.source import LoadFormat, ModelSource, check_context
 from duetjax.checkpoint.weights import read_weights
@@ -33,14 +34,22 @@ from duetjax.runtime.memory import MemoryPlan, plan_memory
 from duetjax.runtime.programs import Buckets, Leaves, Programs, Upkeep
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
+from duetjax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
 def build_engine(
-    source: ModelSource, engine: EngineConfig, *, load_format: str = "auto"
+    source: ModelSource,
+    engine: EngineConfig,
+    *,
+    load_format: str = "auto",
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[EngineClient, MemoryPlan]:
-    """An engine that has its weights and programs and waits for `start`; see `prepare`."""
+    """An engine that has its weights and programs and waits for `start`; see `prepare`.
+
+    tokenizer: to constrain answers by.
+    """
     ready = prepare(source, engine, load_format=load_format)
     profiles, executor = ready.profiles, ready.executor
     if profiles is not None and profiles.model is ready.shapes:
@@ -54,6 +63,7 @@ def build_engine(
         vocab_size=source.config.vocab_size,
         on_close=planning.close,
         rung=device.rung,
+        permits=permit_issuer(source, tokenizer),
     )
     return client, ready.plan
 

@@ -6,6 +6,7 @@ Scheduler, streams and limits are those of a real one. Launches take their time 
 import logging
 from collections.abc import Sequence
 
+from duetjax.build_permits import permit_issuer
 from duetjax.checkpoint.source import ModelSource, check_context
 from duetjax.config import ConfigError, EngineConfig
 from duetjax.engine import EngineClient
@@ -77,6 +78,7 @@ def build_engine(
         vocab_size=source.config.vocab_size,
         on_close=planning.close,
         rung="simulated",
+        permits=permit_issuer(source, tokenizer),
     )
     return client, limits.max_model_len, notice
 

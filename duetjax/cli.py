@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from duetjax.bench import InProcess
     from duetjax.build import LoadedModel
     from duetjax.engine import Engine
-    from duetjax.serve.context import Service
 
 _log = logging.getLogger("duetjax")
 _CHOICES = ("temperature", "top_p", "top_k", "min_p")  # flags of generate, in SamplingParams
@@ -111,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--strict-params", action="store_true", help="refuse unknown parameters, with 400"
+    )
+    serve.add_argument(
+        "--tool-call-parser",
+        choices=("hermes", "llama3_json"),
+        help="how the model spells tool calls: hermes for Qwen, llama3_json for Llama 3",
+    )
+    serve.add_argument(
+        "--reasoning-parser",
+        choices=("qwen3", "deepseek_r1"),
+        help="how the model marks its reasoning",
     )
     serve.add_argument(
         "--log-format",
@@ -221,7 +230,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     result = bench.add_argument_group("result")
     result.add_argument("--ttft-slo-ms", type=float, default=1000.0, help="default: 1000")
     result.add_argument(
-        "--goodput", nargs="+", default=[], metavar="NAME:MS", help="of ttft, tpot, e2el"
+        "--goodput", nargs="+", default=(), metavar="NAME:MS", help="of ttft, tpot, e2el"
     )
     result.add_argument(
         "--percentile-metrics",
@@ -235,6 +244,26 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     result.add_argument("--save-result", action="store_true", help="write it to a file")
     result.add_argument("--save-detailed", action="store_true", help="request by request")
     result.add_argument("--result-filename", type=Path, metavar="FILE")
+    score = bench.add_argument_group("score (with --max-concurrency 16, if you give none)")
+    score.add_argument(
+        "--score", action="store_true", help="ask questions instead: accuracy against tokens"
+    )
+    score.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines like {"question": "...", "answer": "..."}; default: 40 that ship',
+    )
+    score.add_argument("--samples", type=int, default=4, metavar="N", help="of each; default: 4")
+    score.add_argument(
+        "--budgets",
+        default="none",
+        metavar="B,B",
+        help="of reasoning tokens, as in 256,1024,none; default: %(default)s",
+    )
+    score.add_argument("--max-tokens", type=int, metavar="N", help="of a whole answer")
+    score.add_argument("--top-p", type=float, help="default: the server's")
+    score.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as SVG")
     _add_engine_flags(bench, "with --in-process (--seed and --tbt-slo-ms: always)")
     bench.set_defaults(run=_bench)
 
@@ -573,6 +602,7 @@ def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
     """Answers --input into --output; chosen: the parameters that flags gave."""
     from duetjax import batch
     from duetjax.build import ModelRequest, load
+    from duetjax.build_service import build_service
     from duetjax.run_batch import run_batch
 
     if args.max_tokens is not None:
@@ -584,7 +614,7 @@ def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
     request = ModelRequest(args.model, args.tokenizer, args.chat_template, args.load_format)
     with batch.ResultFile(args.output) as output:
         model = load(request, EngineConfig(**_engine_settings(args)), needs_tokenizer=True)
-        service = _service(model, filter(None, (model.name, args.model)))
+        service = build_service(model, filter(None, (model.name, args.model)))
         plain = None
         if not batch.is_batch_format(args.input):
             chat = service.tokenizer.has_chat_template and not args.raw
@@ -619,8 +649,10 @@ def _check_files(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from duetjax.build import ModelRequest, load
+    from duetjax.build_service import build_service
     from duetjax.serve.server import HttpServer, bind
     from duetjax.serve.tracing import TraceFile
+    from duetjax.text.answer import ReasoningStyle, ToolStyle
 
     signal.signal(signal.SIGTERM, _end_by_signal)  # until the server drains on it
     if args.tensor_parallel != 1:
@@ -650,7 +682,7 @@ def _serve(args: argparse.Namespace) -> int:
             own_process=not args.disable_frontend_multiprocessing,
             log_format=LogFormat(args.log_format),
         )
-        service = _service(model, args.served_model_name or [model.name])
+        service = build_service(model, args.served_model_name or ())
         service = replace(
             service,
             api_key=api_key,
@@ -659,6 +691,8 @@ def _serve(args: argparse.Namespace) -> int:
             metrics_public=args.metrics_public,
             watchdog_s=args.watchdog_s,
             tbt_slo_ms=args.tbt_slo_ms,
+            tool_style=args.tool_call_parser and ToolStyle(args.tool_call_parser),
+            reasoning_style=args.reasoning_parser and ReasoningStyle(args.reasoning_parser),
         )
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout, trace=trace)
         notice = f" ({model.notice})" if model.notice else ""
@@ -720,24 +754,6 @@ def _exit_at_once(code: int) -> None:
     os._exit(code)
 
 
-def _service(model: "LoadedModel", names: Iterable[str]) -> "Service":
-    """The endpoint's view of a model that was loaded with its tokenizer."""
-    from duetjax.serve.context import Service
-
-    assert model.tokenizer is not None, f"{model.name} without a tokenizer"
-    return Service(
-        client=model.engine,
-        tokenizer=model.tokenizer,
-        model_names=tuple(dict.fromkeys(names)),
-        created=int(time.time()),
-        max_model_len=model.max_model_len,
-        vocab_size=model.config.vocab_size,
-        eos_token_ids=model.generation.eos_token_ids,
-        defaults=model.generation.sampling,
-        compilations=model.compilations,
-    )
-
-
 def _convert(args: argparse.Namespace) -> int:
     # Orbax asks jax for its devices; converting needs none, and others may be using them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -772,7 +788,13 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from duetjax import bench as command
+    from duetjax import bench_score
 
+    load, score = asdict(command.BenchRequest()), asdict(bench_score.ScoreRequest())
+    if args.score:
+        _refuse_flags(args, load, score, "not for --score")
+        return _score(args)
+    _refuse_flags(args, score, load, "for --score alone")
     report = command.bench(_fields_of(command.BenchRequest, args), _in_process(args))
     for line in command.lines(report):
         print(line)
@@ -780,6 +802,32 @@ def _bench(args: argparse.Namespace) -> int:
     if report.was_stopped:
         return 130
     return 0 if report.has_answers else 1
+
+
+def _score(args: argparse.Namespace) -> int:
+    from duetjax import bench_score as command
+
+    if args.in_process:
+        raise ConfigError("--in-process is not for --score; leave it out")
+    _in_process(args)  # refuses the flags of an engine
+    report = command.score(_fields_of(command.ScoreRequest, args))
+    for line in command.lines(report):
+        print(line)
+    print(json.dumps(report.document))
+    if args.plot is not None and report.has_answers:
+        _write_picture(args.plot, command.draw(report))
+    if report.was_stopped:
+        return 130
+    return 0 if report.has_answers else 1
+
+
+def _refuse_flags(
+    args: argparse.Namespace, others: Mapping[str, object], own: Mapping[str, object], why: str
+) -> None:
+    """Those that only the other half of a command has, unless they are as usual."""
+    for name, usual in others.items():
+        if name not in own and getattr(args, name) != usual:
+            raise ConfigError(f"{flag(name)} is {why}; leave it out")
 
 
 def _in_process(args: argparse.Namespace) -> "InProcess | None":

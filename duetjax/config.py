@@ -3,8 +3,8 @@
 Imports the standard library only; every other module may import this one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from reprlib import repr as short  # values of hostile files may be megabytes long
@@ -506,6 +506,35 @@ type _Biases = Mapping[int, float] | Mapping[str, float] | tuple[tuple[int, floa
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """What an answer's whole text must be; exactly one of these, under vLLM's names.
+
+    json: valid against this JSON schema, which may be given as its text. json_object: any JSON
+    object. regex: what a regular expression matches. choice: one of some texts. grammar: a text of
+    this Lark grammar.
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in fields(self) if getattr(self, name.name) not in (None, False)]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"structured_outputs has {len(given)} kinds; give exactly one of json,"
+                " json_object, regex, choice and grammar",
+                param="structured_outputs",
+            )
+        choice = self.choice
+        is_list = isinstance(choice, list | tuple) and all(isinstance(c, str) for c in choice)
+        fits = choice is None or (is_list and len(choice) > 0)
+        _check(fits, "structured_outputs.choice", "a non-empty list of strings", choice)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends; names and defaults are vLLM's.
 
@@ -523,6 +552,8 @@ class SamplingParams:
     the model's own end-of-sequence ids unless ignore_eos; at most 16 together. max_tokens None:
     until max_model_len. min_tokens: nothing but max_model_len ends it before so many tokens.
     logprobs: report each token's log-probability and that many of the likeliest; None: neither.
+    structured_outputs: what the text must be. max_reasoning_tokens: most tokens before the end of
+    the model's reasoning, which is then made to end; needs a `reasoning_parser`.
 
     Raises `InvalidRequest` naming the parameter.
     """
@@ -544,6 +575,8 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    max_reasoning_tokens: int | None = None
 
     def __post_init__(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
@@ -605,6 +638,9 @@ class SamplingParams:
             self.max_tokens,
         )
         # With the longest prompt still a 32-bit position.
+        budget = self.max_reasoning_tokens
+        is_count = budget is None or _is_integer(budget, 0, 2**30)
+        _check(is_count, "max_reasoning_tokens", "an integer from 0 to 2^30, or None", budget)
         is_count = _is_integer(self.min_tokens, 0, 2**30)
         _check(is_count, "min_tokens", "an integer from 0 to 2^30", self.min_tokens)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -20,7 +20,7 @@ from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.policy.launch import Executor, FinishedStep, Launch
 from duetjax.policy.launch_counts import LaunchCounts
 from duetjax.policy.limits import SchedulerLimits
-from duetjax.policy.request import FinishReason, NewRequest, StepOutputs
+from duetjax.policy.request import Constraint, FinishReason, NewRequest, Permit, StepOutputs
 from duetjax.policy.scheduler import Scheduler
 from duetjax.policy.stats import Stats
 from duetjax.watchdog import EngineStalled, Waits, Watch, stalled
@@ -44,7 +44,9 @@ class _Abort:
     unless_begun: bool
 
 
-type _Item = NewRequest | _Abort | FinishedStep | BaseException
+_PERMIT_SECONDS = 1e-3
+
+type _Item = NewRequest | _Abort | Permit | FinishedStep | BaseException
 type CompletedLaunches = tuple[CompletedLaunch, ...]
 type LaunchWatcher = Callable[[CompletedLaunches], None]
 
@@ -81,6 +83,32 @@ class Engine(Protocol):
     def shutdown(self, timeout: float) -> bool: ...  # noqa: D102
 
 
+class Permits(Protocol):
+    """Says what constrained requests may sample; called by the engine's thread, never waits."""
+
+    def start(self, deliver: Callable[[Permit | None], None]) -> None:
+        """Begins: `deliver` gets what comes of each call below, in order, from another thread."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything asked for has been delivered, or is about to be."""
+
+    def begin(self, request_id: str, constraint: Constraint) -> None:
+        """A new request: its first permit, or the error that there is none."""
+
+    def sampled(self, request_id: str, token: int | None) -> None:
+        """A request has sampled a token: the next permit where it needs one.
+
+        None: it begins its output anew.
+        """
+
+    def end(self, request_id: str) -> None:
+        """A request has ended."""
+
+    def close(self) -> None:
+        """Nothing more is asked for."""
+
+
 class EngineClient:
     """Submits generations to an engine thread and hands back their tokens, step by step.
 
@@ -90,6 +118,7 @@ class EngineClient:
 
     vocab_size bounds the token ids of prompts. clock: seconds, monotonic. on_close: called once, on
     the engine thread, after its last launch. rung: in a word, how launches run, for those who ask.
+    permits: for requests that are constrained; without it they are refused.
     """
 
     def __init__(
@@ -101,8 +130,13 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] = lambda: None,
         rung: str = "",
+        permits: Permits | None = None,
     ) -> None:
         self._rung = rung
+        self._permits = permits
+        # On the engine thread: those that are live, and of them those not yet to be planned.
+        self._constrained: set[str] = set()
+        self._unpermitted: dict[str, NewRequest] = {}
         # After start(), touched by the engine thread alone, but for its `launch_counts`.
         self._scheduler = scheduler
         self.limits = scheduler.limits
@@ -161,6 +195,8 @@ class EngineClient:
         after a failure or shutdown; then it gets no output.
         """
         check_request(new, self.limits, self.vocab_size)
+        if new.constraint is not None and self._permits is None:
+            raise InvalidRequest("this engine has no tokenizer to constrain an answer by")
         with self._wakeup:
             if self._phase is not _Phase.RUNNING:
                 assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
@@ -278,18 +314,29 @@ class EngineClient:
             self._inbox.append(item)
             self._wakeup.notify()
 
+    def _deliver_permit(self, permit: Permit | None) -> None:
+        """On the thread that issues them."""
+        with self._wakeup:
+            if permit is not None:
+                self._inbox.append(permit)
+            self._wakeup.notify()
+
     # What follows runs on the engine thread.
 
     def _run(self, executor: Executor) -> None:
         self._waits.round_began(self._clock())
         try:
             executor.start(self._deliver)
+            if self._permits is not None:
+                self._permits.start(self._deliver_permit)
             self._serve(executor)
             self._abort_all()
         except BaseException as failure:  # whatever it is, nobody may be left waiting
             _log.critical("the engine failed and takes no more requests", exc_info=failure)
             self._fail(failure.with_traceback(None))  # its frames hold the executor
         try:
+            if self._permits is not None:
+                self._permits.close()
             executor.close()
             self._on_close()
         finally:
@@ -301,6 +348,8 @@ class EngineClient:
         while (inbox := self._next_inbox()) is not None:
             self._waits.round_began(self._clock())
             outputs = self._take_in(inbox)
+            if self._scheduler.awaits_permits:
+                outputs += self._take_in(self._next_permits())
             launches: tuple[Launch, ...] = ()
             if self._phase is _Phase.RUNNING:
                 launches = self._scheduler.plan(self._clock())
@@ -325,6 +374,16 @@ class EngineClient:
             inbox, self._inbox = self._inbox, []
             return inbox
 
+    def _next_permits(self) -> list[Permit]:
+        """Those that come in a moment: who is not in the next launch waits for the one after it."""
+        permits = self._permits
+        assert permits is not None, "a request is held, and nobody issues permits"
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: permits.is_idle, _PERMIT_SECONDS)
+            came = [item for item in self._inbox if isinstance(item, Permit)]
+            self._inbox = [item for item in self._inbox if not isinstance(item, Permit)]
+            return came
+
     def _take_in(self, inbox: Iterable[_Item]) -> list[StepOutputs]:
         """Applies what happened, in the order in which it did."""
         self._scheduler.watcher = self._completed.append if self._watchers else None
@@ -335,12 +394,51 @@ class EngineClient:
                 outputs.append(self._scheduler.commit(item, now))
                 self._waits.finished(item, now)
             elif isinstance(item, NewRequest):
-                self._scheduler.add(item, self._clock())
+                self._add(item)
+            elif isinstance(item, Permit):
+                outputs += self._permit(item)
             elif isinstance(item, BaseException):
                 raise item
-            elif self._scheduler.abort(item.id, unless_begun=item.unless_begun):
-                outputs.append(StepOutputs(finished=((item.id, FinishReason.ABORT),)))
+            elif self._unpermitted.pop(item.id, None) is not None or self._scheduler.abort(
+                item.id, unless_begun=item.unless_begun
+            ):
+                outputs.append(_ended(item.id, FinishReason.ABORT))
+        if self._permits is not None:
+            self._tell_permits(self._permits, outputs)
         return outputs
+
+    def _add(self, new: NewRequest) -> None:
+        if new.constraint is None:
+            self._scheduler.add(new, self._clock())
+        else:
+            assert self._permits is not None, "a constrained request got past submit()"
+            self._unpermitted[new.id] = new
+            self._constrained.add(new.id)
+            self._permits.begin(new.id, new.constraint)
+
+    def _permit(self, permit: Permit) -> list[StepOutputs]:
+        new = self._unpermitted.pop(permit.id, None)
+        if permit.error:
+            if new is None and not self._scheduler.abort(permit.id):
+                return []  # it has ended
+            _log.warning("request %s cannot go on: %s", permit.id, permit.error)
+            return [_ended(permit.id, FinishReason.ERROR)]
+        if new is None:
+            self._scheduler.permit(permit)
+        else:
+            self._scheduler.add(new, self._clock(), permit)
+        return []
+
+    def _tell_permits(self, permits: Permits, outputs: Iterable[StepOutputs]) -> None:
+        """What constrained requests have sampled, and which have ended."""
+        for request_id, token in self._scheduler.take_sampled():
+            permits.sampled(request_id, token)
+        if self._constrained:
+            for batch in outputs:
+                for request_id, _ in batch.finished:
+                    if request_id in self._constrained:
+                        self._constrained.discard(request_id)
+                        permits.end(request_id)
 
     def _publish(self, outputs: StepOutputs) -> None:
         """Hands on a step's outputs; the finished ones' ids are free from here on."""
@@ -393,6 +491,10 @@ class EngineClient:
             self._on_outputs(StepOutputs(finished=tuple(ended.items())))
         except Exception:
             _log.exception("on_outputs raised; %d requests may not know of the failure", len(ended))
+
+
+def _ended(request_id: str, why: FinishReason) -> StepOutputs:
+    return StepOutputs(finished=((request_id, why),))
 
 
 def why_not_running(failure: BaseException | None) -> str:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +19,14 @@ from duetjax.config import SamplingParams
 from duetjax.policy.completed_launch import CompletedLaunch
 from duetjax.policy.launch import Lane, Program, Split
 from duetjax.policy.launch_counts import KindCounts, LaunchCounts
-from duetjax.policy.request import FinishReason, NewRequest, StepOutputs, TokenLogprob
+from duetjax.policy.request import (
+    Constraint,
+    FinishReason,
+    NewRequest,
+    Reasoning,
+    StepOutputs,
+    TokenLogprob,
+)
 
 type Plain = bool | int | float | str | bytes | tuple[Plain, ...] | None
 
@@ -121,8 +128,13 @@ def plain(value: object) -> Any:  # noqa: ANN401
 
 def new_request(values: tuple[Any, ...]) -> NewRequest:
     """The inverse of `plain`."""
-    request_id, prompt, max_tokens, sampling, *others = values
-    return NewRequest(request_id, prompt, max_tokens, SamplingParams(*sampling), *others)
+    request_id, prompt, max_tokens, sampling, *others, constraint = values
+    if constraint is not None:
+        grammar, reasoning = constraint
+        reasoning = None if reasoning is None else Reasoning(*reasoning)
+        constraint = Constraint(grammar, reasoning)
+    new = NewRequest(request_id, prompt, max_tokens, SamplingParams(*sampling), *others)
+    return replace(new, constraint=constraint)
 
 
 def plain_outputs(outputs: StepOutputs) -> Plain:

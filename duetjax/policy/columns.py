@@ -24,9 +24,9 @@ class Columns:
 
     tokens [slots, max_model_len]: prompt and output so far, `length` of them. computed: fed by
     launches that have been committed. planned: with those in flight; a row that stops early never
-    gets there. end: most it will ever feed. room: what its pages hold. ticket: last launch that
-    names the slot; launches: how many have named it since its owner came. takes: whether its
-    owner still takes results.
+    gets there. end: most it will ever feed; leash: most that it may for now. room: what its pages
+    hold. ticket: last launch that names the slot; launches: how many have named it since its owner
+    came. takes: whether its owner still takes results.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -35,6 +35,7 @@ class Columns:
         self.computed = np.zeros(num_slots, np.int64)
         self.planned = np.zeros(num_slots, np.int64)
         self.end = np.zeros(num_slots, np.int64)
+        self.leash = np.zeros(num_slots, np.int64)
         self.room = np.zeros(num_slots, np.int64)
         self.ticket = np.full(num_slots, NO_TICKET, np.int64)
         self.launches = np.zeros(num_slots, np.int64)
@@ -45,7 +46,8 @@ class Columns:
         self.tokens[slot, : len(known)] = known
         self.length[slot] = len(known)
         self.computed[slot] = self.planned[slot] = computed
-        self.end[slot], self.room[slot] = end, room
+        self.end[slot] = self.leash[slot] = end
+        self.room[slot] = room
         self.ticket[slot] = NO_TICKET
         self.launches[slot] = 0
         self.takes[slot] = True
@@ -62,7 +64,7 @@ class Columns:
 
     def limit(self, slot: int) -> int:
         """First position that the slot may not feed."""
-        return min(self.end.item(slot), self.room.item(slot))
+        return min(self.leash.item(slot), self.room.item(slot))
 
     def is_at_end(self, slot: int) -> bool:
         """Whether all that the slot will ever feed is computed."""
@@ -70,7 +72,7 @@ class Columns:
 
     def steps(self, slots: Slots, k: int) -> Slots:
         """How many of `k` steps each slot has the room and the right to take, from `planned` on."""
-        limit = np.minimum(self.end[slots], self.room[slots])
+        limit = np.minimum(self.leash[slots], self.room[slots])
         return np.minimum(np.maximum(limit - self.planned[slots], 0), k)
 
     def missing_room(self, slots: Slots, k: int) -> tuple[list[int], list[int]]:
@@ -80,7 +82,7 @@ class Columns:
         """
         want = self.planned[slots] + k
         if k > 1:
-            want = np.minimum(want, self.end[slots])
+            want = np.minimum(want, self.leash[slots])
         missing = want - self.room[slots]
         short = (missing > 0).nonzero()[0]
         return short.tolist(), missing[short].tolist()
@@ -91,8 +93,8 @@ class Batch:
     """Decoding rows in order of rank.
 
     slots: twice, as each is at hand faster than it can be made. ids: of the requests. is_scored:
-    whether any row's logprobs are asked for. wants_top: whether any asks for alternatives. slos:
-    of the rows that bring their own.
+    whether any row's logprobs are asked for. wants_top: whether any asks for alternatives.
+    is_constrained: whether any is. slos: of the rows that bring their own.
     """
 
     requests: tuple[Request, ...] = ()
@@ -101,6 +103,7 @@ class Batch:
     ids: tuple[str, ...] = ()
     is_scored: bool = False
     wants_top: bool = False
+    is_constrained: bool = False
     slos: tuple[float, ...] = ()
 
     def kept(self, rows: NDArray[np.bool_]) -> "Batch":
@@ -113,6 +116,7 @@ class Batch:
             tuple(compress(self.ids, some)),
             self.is_scored,
             self.wants_top,
+            self.is_constrained,
             self.slos,
         )
 
@@ -128,7 +132,7 @@ class Line:
         self._requests: list[Request] = []
         self._slots = array("q")
         self._ids: list[str] = []
-        self._num_scored = self._num_top = 0
+        self._num_scored = self._num_top = self._num_constrained = 0
         self._slos: list[float] = []
         self._batch: Batch | None = Batch()
 
@@ -153,6 +157,7 @@ class Line:
         self._ids.insert(at, request.new.id)
         self._num_scored += request.new.sampling.logprobs is not None
         self._num_top += request.wants_top
+        self._num_constrained += request.new.constraint is not None
         if request.new.tbt_slo_ms is not None:
             self._slos.append(request.new.tbt_slo_ms)
         self._batch = None
@@ -164,6 +169,7 @@ class Line:
         del self._ranks[at], self._requests[at], self._slots[at], self._ids[at]
         self._num_scored -= request.new.sampling.logprobs is not None
         self._num_top -= request.wants_top
+        self._num_constrained -= request.new.constraint is not None
         if request.new.tbt_slo_ms is not None:
             self._slos.remove(request.new.tbt_slo_ms)
         self._batch = None
@@ -178,6 +184,7 @@ class Line:
                 tuple(self._ids),
                 self._num_scored > 0,
                 self._num_top > 0,
+                self._num_constrained > 0,
                 tuple(self._slos),
             )
         return self._batch

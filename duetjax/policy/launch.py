@@ -73,7 +73,10 @@ class Launch:
     admitted: slots whose owner is new.
     pages: (slot, index, page): page-table entries set since the launch before.
     limits: (slot, limit) set since the launch before. A slot takes decoding steps while it has not
-        stopped and its position is below its limit: min(last position fed + 1, reserved room).
+        stopped and its position is below its limit: min(last position fed + 1, reserved room), or
+        the position at which it must be told what it may sample.
+    allowed: (slot, mask) set since the launch before: what it may sample, bit v % 32 of word
+        v // 32 for id v, little-endian uint32 in bytes; empty for any token, as for a new owner.
     handovers: (slot, ticket): rows that decode for the first time since that launch finished their
         prompt on the prefill lane. It has completed; their token and position are still its own.
     wants_top: also copy each row's most likely tokens to the host.
@@ -98,6 +101,7 @@ class Launch:
     admitted: tuple[SlotParams, ...] = ()
     pages: tuple[tuple[int, int, int], ...] = ()
     limits: tuple[tuple[int, int], ...] = ()
+    allowed: tuple[tuple[int, bytes], ...] = ()
     handovers: tuple[tuple[int, Ticket], ...] = ()
     wants_top: bool = False
     predicted_ms: float | None = None

@@ -22,6 +22,47 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How an answer's reasoning is bounded, which ends with the text `end`, as "</think>".
+
+    begin: what it begins with where has_begun is not set, as "<think>"; an answer that does not
+    begin so has none. max_tokens: most tokens before `end`, which then follows; None: no bound.
+    """
+
+    begin: str
+    end: str
+    has_begun: bool
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer's tokens must keep to; see duetjax/constrain/.
+
+    grammar: llguidance's text of the grammar that the answer is in, behind its reasoning if it has
+    any; None: any text.
+    """
+
+    grammar: str | None = None
+    reasoning: Reasoning | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """What a constrained request may sample next: its output's tokens `at` .. `at + steps - 1`.
+
+    mask: one bit per token id, as `Launch.allowed` has it; empty for any token. steps: None for all
+    that are to come. error: why it cannot go on; empty where it can.
+    """
+
+    id: str
+    at: int
+    mask: bytes = b""
+    steps: int | None = 1
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class NewRequest:
     """A generation to run, in plain values (it may cross a process boundary).
 
@@ -30,7 +71,7 @@ class NewRequest:
     stop_ids: token ids that end it, end-of-sequence ids included where they are not to be ignored;
     the id itself is reported and counted. priority: lower goes first; see `queue.AGEING_SECONDS`.
     cache_salt: KV is shared only among requests with the same one. tbt_slo_ms: objective for the
-    time between its tokens; None is the engine's.
+    time between its tokens; None is the engine's. constraint: what its tokens must keep to.
     """
 
     id: str
@@ -41,6 +82,7 @@ class NewRequest:
     priority: int = 0
     cache_salt: str = ""
     tbt_slo_ms: float | None = None
+    constraint: Constraint | None = None
 
 
 def new_requests(
@@ -52,10 +94,12 @@ def new_requests(
     room: int,
     priority: int = 0,
     cache_salt: str = "",
+    constraint: Constraint | None = None,
 ) -> tuple[NewRequest, ...]:
     """The n generations of one prompt, with ids `request_id`-0, -1 and so on.
 
-    room: max_tokens where params leave it open. params.seed must be set by now.
+    room: max_tokens where params leave it open. params.seed must be set by now. constraint: made of
+    params.structured_outputs and max_reasoning_tokens.
     """
     assert params.seed is not None, f"{request_id} has no seed"
     eos = () if params.ignore_eos else eos_token_ids
@@ -65,10 +109,11 @@ def new_requests(
             id=f"{request_id}-{index}",
             prompt=prompt,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
-            sampling=replace(params, seed=_wrapped(params.seed + index)),
+            sampling=replace(params, seed=_wrapped(params.seed + index), structured_outputs=None),
             stop_ids=stop_ids,
             priority=priority,
             cache_salt=cache_salt,
+            constraint=constraint,
         )
         for index in range(params.n)
     )
@@ -149,19 +194,22 @@ class StepOutputs:
 class Phase(Enum):
     """Where a request stands.
 
-    HANDING_OVER: its prompt ends in a launch on the prefill lane. ENDING: launches in flight feed
-    the last that it may feed.
+    HANDING_OVER: its prompt ends in a launch on the prefill lane. HELD: launches in flight feed the
+    last that its permit allows. ENDING: they feed the last that it may feed at all.
     """
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
     HANDING_OVER = "handing over"
     DECODING = "decoding"
+    HELD = "held"
     ENDING = "ending"
     ENDED = "ended"
 
 
 type Rank = tuple[float, int]
+type Sampled = tuple[str, int | None]
+"""A constrained request, and a token that it has sampled; None: it begins its output anew."""
 type Tokens = NDArray[np.int32]
 
 
@@ -176,7 +224,8 @@ class Request:
     what identifies each full page among its siblings: its tokens. num_cached: tokens that it
     found in the prefix cache when it was first admitted. num_muted: tokens to be sampled once
     more, handed on before. arrived: when it was added. began: when its first launch was planned.
-    num_launches: planned with it before it was last preempted.
+    num_launches: planned with it before it was last preempted. permit: what it may sample, where it
+    is constrained; None until that is known.
     """
 
     new: NewRequest
@@ -193,11 +242,21 @@ class Request:
     arrived: float = 0.0
     began: float | None = None
     num_launches: int = 0
+    permit: Permit | None = None
 
     @property
     def wants_top(self) -> bool:
         """Whether its logprobs come with alternatives."""
         return bool(self.new.sampling.logprobs)
+
+    def is_permitted(self, num_known: int) -> bool:
+        """Whether it may sample the token behind so many known ones."""
+        if self.new.constraint is None:
+            return True
+        permit, at = self.permit, num_known - len(self.new.prompt)
+        if permit is None or at < permit.at:
+            return False
+        return permit.steps is None or at < permit.at + permit.steps
 
     def restart(self) -> None:
         """Forgets the output, to be decoded again with the same seed and not handed on twice.
@@ -208,6 +267,7 @@ class Request:
         self.num_muted += len(self.known) - num_prompt
         self.known = self.known[:num_prompt]
         self.keys.clear()
+        self.permit = None
 
     def learn_keys(self, tokens: Tokens, page_size: int) -> None:
         """Adds the keys of all full pages of `tokens`, its tokens so far."""

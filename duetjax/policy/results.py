@@ -79,7 +79,8 @@ class Results:
         self, batch: Batch, sampled: NDArray[np.bool_], result: StepResult, out: _Outputs
     ) -> None:
         """The sampled tokens, and their logprobs."""
-        if batch.is_scored or self._roster.limits.deterministic:
+        one_by_one = batch.is_scored or batch.is_constrained
+        if one_by_one or self._roster.limits.deterministic:
             for row in sampled.nonzero()[0].tolist():
                 self._sampled(batch.requests[row], row, result, out)
             return
@@ -98,6 +99,8 @@ class Results:
         token = int(result.tokens[row])
         self._roster.columns.tokens[slot, length] = token
         self._roster.columns.length[slot] = length + 1
+        if request.new.constraint is not None:
+            self._roster.sampled.append((request.new.id, token))
         if request.num_muted:
             request.num_muted -= 1
             return

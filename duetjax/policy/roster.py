@@ -1,8 +1,9 @@
 """Which request is where, and what it holds: a place in line, a slot, KV pages.
 
-A request goes waiting -> prefilling -> (handing over ->) decoding -> gone, and back to waiting when
-others need its pages. Whoever leaves while launches in flight name its slot gives slot and pages
-back when the last of them has completed.
+A request goes waiting -> prefilling -> (handing over ->) decoding -> gone, one that is constrained
+to and fro between decoding and held, and back to waiting when others need its pages. Whoever leaves
+while launches in flight name its slot gives slot and pages back when the last of them has
+completed.
 """
 
 from collections.abc import Container
@@ -17,38 +18,41 @@ from duetjax.policy.launch import SlotParams, Ticket
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.pages import PagePool
 from duetjax.policy.queue import WaitingQueue
-from duetjax.policy.request import Phase, Request
+from duetjax.policy.request import Permit, Phase, Request, Sampled
 
 
 class Deltas:
     """What slots' next launches must tell the device.
 
-    pages: who has new ones has a new limit.
+    pages: who has new ones has a new limit. allowed: who may sample what from now on.
     """
 
     def __init__(self) -> None:
         self.admitted: dict[int, Request] = {}
         self.pages: dict[int, list[tuple[int, int, int]]] = {}
+        self.allowed: dict[int, bytes] = {}
         self.handovers: dict[int, Ticket] = {}
 
     def forget(self, slot: int) -> None:
         """The slot's owner leaves."""
-        for column in (self.admitted, self.pages, self.handovers):
+        for column in (self.admitted, self.pages, self.allowed, self.handovers):
             column.pop(slot, None)
 
     def take(self, ticket: Ticket, columns: Columns) -> dict[str, Any]:
         """The `Launch` fields that tell the device about launch `ticket`'s slots; told once."""
-        if not (self.admitted or self.pages or self.handovers):
+        if not (self.admitted or self.pages or self.handovers):  # with new masks come new limits
             return {}
         last = columns.ticket.item
         admitted = [slot for slot in self.admitted if last(slot) == ticket]
         extended = [slot for slot in self.pages if last(slot) == ticket]
+        masked = [slot for slot in self.allowed if last(slot) == ticket]
         handovers = [slot for slot in self.handovers if last(slot) == ticket]
         pages = joined.from_iterable([self.pages.pop(slot) for slot in extended])
         return {
             "admitted": tuple([_slot_params(self.admitted.pop(slot)) for slot in admitted]),
             "pages": tuple(pages),
             "limits": tuple([(slot, columns.limit(slot)) for slot in extended]),
+            "allowed": tuple([(slot, self.allowed.pop(slot)) for slot in masked]),
             "handovers": tuple([(slot, self.handovers.pop(slot)) for slot in handovers]),
         }
 
@@ -57,7 +61,7 @@ class Roster:
     """Admits, grows, preempts and dismisses requests.
 
     in_flight: tickets of launches that have not completed. Victims of preemption are the last in
-    rank.
+    rank. sampled: what constrained requests have sampled, for whoever issues permits.
     """
 
     def __init__(self, limits: SchedulerLimits, in_flight: Container[Ticket]) -> None:
@@ -68,7 +72,8 @@ class Roster:
         self.deltas = Deltas()
         self.live: dict[str, Request] = {}
         self.prefilling, self.handing_over = Line(), Line()
-        self.decoding, self.ending = Line(), Line()
+        self.decoding, self.held, self.ending = Line(), Line(), Line()
+        self.sampled: list[Sampled] = []
         self.preemptions = self.preempted_tokens = 0
         self.prefix_queries = self.prefix_hits = 0
         self.starved = 0
@@ -79,6 +84,7 @@ class Roster:
             Phase.PREFILLING: self.prefilling,
             Phase.HANDING_OVER: self.handing_over,
             Phase.DECODING: self.decoding,
+            Phase.HELD: self.held,
             Phase.ENDING: self.ending,
         }
 
@@ -133,6 +139,10 @@ class Roster:
         limits, pool, size = self.limits, self.pool, self.limits.page_size
         if limits.deterministic and len(request.known) > len(request.new.prompt):
             request.restart()
+            if request.new.constraint is not None:
+                self.sampled.append((request.new.id, None))
+        if not request.is_permitted(len(request.known)):
+            return False
         request.learn_keys(request.known, size)
         keys = request.keys[: _most_shared(len(request.known), size)]
         chain = pool.cache.match(request.new.cache_salt, keys) if limits.prefix_caching else []
@@ -162,6 +172,8 @@ class Roster:
         self.columns.open(slot, request.known, computed=cached, end=end, room=room)
         self.deltas.admitted[slot] = request
         self.deltas.pages[slot] = [(slot, i, page) for i, page in enumerate(request.pages)]
+        if request.permit is not None:
+            self._permit(request, request.permit)
         if request.num_cached is None:
             request.num_cached = cached
         self.prefix_queries += len(request.known)
@@ -208,8 +220,8 @@ class Roster:
             most = int(steps.max(initial=0))
             planned = columns.planned[batch.slots] + steps
         columns.planned[batch.slots] = planned
-        for row in (planned == columns.end[batch.slots]).nonzero()[0].tolist():
-            self._move(batch.requests[row], Phase.ENDING)
+        for row in (planned == columns.leash[batch.slots]).nonzero()[0].tolist():
+            self._go_on(batch.requests[row])
         return batch, most
 
     def steps_to_spare(self) -> int:
@@ -258,7 +270,8 @@ class Roster:
 
     def _last(self) -> Request:
         """Who is preempted first; who is ending would give little."""
-        lasts = (self.prefilling.last, self.handing_over.last, self.decoding.last)
+        lines = (self.prefilling, self.handing_over, self.decoding, self.held)
+        lasts = [line.last for line in lines]
         return max((some for some in lasts if some), key=lambda request: request.rank)
 
     def _preempt(self, request: Request) -> None:
@@ -278,18 +291,55 @@ class Roster:
 
     def prompt_planned(self, request: Request, *, decodes_next: bool) -> None:
         """The last chunk of a prompt is in a launch; after it the slot's token is its own."""
-        slot = slot_of(request)
-        if not decodes_next:
-            self._move(request, Phase.HANDING_OVER)
-        elif self.columns.planned[slot] < self.columns.end[slot]:
-            self._move(request, Phase.DECODING)
+        if decodes_next:
+            self._go_on(request)
         else:
-            self._move(request, Phase.ENDING)
+            self._move(request, Phase.HANDING_OVER)
 
     def hand_over(self, request: Request, ticket: Ticket) -> None:
         """Its prompt has been computed on the prefill lane, by launch `ticket`, now complete."""
         self.deltas.handovers[slot_of(request)] = ticket
-        self._move(request, Phase.DECODING)
+        self._go_on(request)
+
+    def _go_on(self, request: Request) -> None:
+        """All that is planned of it is its own to feed; to what comes next."""
+        columns, slot = self.columns, slot_of(request)
+        planned = columns.planned.item(slot)
+        if planned < columns.leash.item(slot):
+            self._move(request, Phase.DECODING)
+        else:
+            at_end = planned == columns.end.item(slot)
+            self._move(request, Phase.ENDING if at_end else Phase.HELD)
+
+    # What constrained requests may sample.
+
+    @property
+    def awaits_permits(self) -> bool:
+        """Whether anybody runs, or would be admitted, but for a permit."""
+        first = self.queue.first()
+        return bool(self.held) or (first is not None and not first.is_permitted(len(first.known)))
+
+    def permit(self, permit: Permit) -> None:
+        """What a request may sample next; of no effect once it has ended."""
+        request = self.live.get(permit.id)
+        if request is None:
+            return
+        request.permit = permit
+        if request.phase is Phase.HELD and request.is_permitted(
+            self.columns.length.item(slot_of(request))
+        ):
+            self._permit(request, permit)
+            self._go_on(request)
+
+    def _permit(self, request: Request, permit: Permit) -> None:
+        """Tells the device with the request's next launch."""
+        columns, slot = self.columns, slot_of(request)
+        self.deltas.allowed[slot] = permit.mask
+        columns.leash[slot] = columns.end[slot]
+        if permit.steps is not None:
+            most = len(request.new.prompt) + permit.at + permit.steps - 1
+            columns.leash[slot] = min(most, columns.end.item(slot))
+        self.deltas.pages.setdefault(slot, [])
 
     def _move(self, request: Request, phase: Phase) -> None:
         self._lines[request.phase].remove(request)

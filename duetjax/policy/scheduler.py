@@ -21,7 +21,7 @@ from duetjax.policy.launch_counts import NO_DECODES, NO_PROMPTS, LaunchCounter, 
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.policies import Aggregate, Aggregated, Decision, Details, Duet, Load, Policy
 from duetjax.policy.queue import rank
-from duetjax.policy.request import NewRequest, Request, StepOutputs
+from duetjax.policy.request import NewRequest, Permit, Request, Sampled, StepOutputs
 from duetjax.policy.results import Results
 from duetjax.policy.roster import Roster, slot_of
 from duetjax.policy.stats import Stats
@@ -89,14 +89,32 @@ class Scheduler:
         """Launches planned and not completed."""
         return len(self._flights)
 
-    def add(self, new: NewRequest, now: float) -> None:
-        """Queues a request; raises `InvalidRequest` if it can never fit or its id is in use."""
+    def add(self, new: NewRequest, now: float, permit: Permit | None = None) -> None:
+        """Queues a request; raises `InvalidRequest` if it can never fit or its id is in use.
+
+        permit: the first of one that is constrained.
+        """
         self.limits.check(new)
         if new.id in self._roster.live:
             raise InvalidRequest(f"request id {new.id!r} is already in use; choose another")
         place = rank(new, now, next(self._sequence))
         known = np.array(new.prompt, np.int32)
-        self._roster.add(Request(new, place, known, arrived=now))
+        self._roster.add(Request(new, place, known, arrived=now, permit=permit))
+
+    def permit(self, permit: Permit) -> None:
+        """What a request may sample next; of no effect once it has ended."""
+        self._roster.permit(permit)
+
+    @property
+    def awaits_permits(self) -> bool:
+        """Whether anybody could be planned but for a permit."""
+        return self._roster.awaits_permits
+
+    def take_sampled(self) -> tuple[Sampled, ...]:
+        """What constrained requests have sampled since this was last asked, in order."""
+        sampled = tuple(self._roster.sampled)
+        self._roster.sampled.clear()
+        return sampled
 
     def abort(self, request_id: str, *, unless_begun: bool = False) -> bool:
         """Ends a request without output; False if it is not live (unknown or finished).
@@ -175,7 +193,8 @@ class Scheduler:
         launches = []
         while (launch := self._next_launch()) is not None:
             launches.append(launch)
-        assert self._flights or not self.has_work, f"nothing can run: {self.stats()}"
+        can_run = bool(self._flights) or self.awaits_permits
+        assert can_run or not self.has_work, f"nothing can run: {self.stats()}"
         return tuple(launches)
 
     def _next_launch(self) -> Launch | None:
@@ -326,7 +345,7 @@ class Scheduler:
         """
         roster, flights = self._roster, self._flights
         batch = roster.decoding.batch()
-        others = (roster.prefilling, roster.handing_over, roster.ending)
+        others = (roster.prefilling, roster.handing_over, roster.held, roster.ending)
         if not batch or any(others) or roster.starved or roster.pool.is_draining:
             return None
         launch = flights.repeated(batch)

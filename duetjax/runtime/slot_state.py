@@ -128,6 +128,7 @@ class HostTables:
             self._host["params"][new.slot] = _row(new)
             self._host["page_table"][new.slot] = 0
             changed |= {("params", new.slot): None, ("page_table", new.slot): None}
+            changed |= self._allow(new.slot, b"")
             if new.history:
                 self._host["prompt_mask"][new.slot] = self._prompt_bits(new)
                 changed["prompt_mask", new.slot] = None
@@ -137,8 +138,19 @@ class HostTables:
         for slot, limit in launch.limits:
             self._host["params"]["limit"][slot] = limit
             changed["params", slot] = None
+        for slot, mask in launch.allowed:
+            changed |= self._allow(slot, mask)
         self._stale.update(name for name, _ in changed)
         return list(changed)
+
+    def _allow(self, slot: int, mask: bytes) -> dict[Row, None]:
+        """Takes over a `Launch.allowed` mask; the row, if it changes."""
+        row = self._host["allowed"][slot]
+        new = np.frombuffer(mask, "<u4") if mask else _ALL_ALLOWED
+        if (row == new).all():
+            return {}
+        row[:] = new
+        return {("allowed", slot): None}
 
     def row(self, name: str, slot: int) -> np.ndarray:
         """One row of a table; it is written again."""

@@ -36,6 +36,12 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
+class ReasoningCount(TypedDict):
+    """What of an answer is reasoning, where the server knows how the model marks it."""
+
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens of one call; each prompt counts once."""
 
@@ -43,6 +49,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: NotRequired[ReasoningCount]
 
 
 class ChatTokenLogprob(TypedDict):
@@ -66,11 +73,44 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class FunctionCall(TypedDict):
+    """arguments: the text of a JSON object, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A tool that the assistant calls."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class FunctionCallDelta(TypedDict):
+    """A piece of one; name in its first."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """A piece of the call with an index; id and type in its first."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallDelta
+
+
 class AssistantMessage(TypedDict):
-    """The assistant's turn."""
+    """The assistant's turn; content is null where there is nothing but tool calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class AssistantDelta(TypedDict):
@@ -78,6 +118,8 @@ class AssistantDelta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class _Choice(TypedDict):
@@ -90,7 +132,7 @@ class ChatChoice(_Choice):
 
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatChunkChoice(_Choice):
@@ -98,7 +140,7 @@ class ChatChunkChoice(_Choice):
 
     delta: AssistantDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class _ChatAnswer(TypedDict):

@@ -52,6 +52,7 @@ def create_app(service: Service) -> Starlette:
         service.client.start(context.dispatcher.on_outputs)
         service.client.watch(service.watchdog_s)
         yield
+        service.checker.close()
 
     app = Starlette(
         routes=_routes(context),

@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 from duetjax.config import InvalidRequest, SamplingParams
-from duetjax.policy.request import NewRequest, TokenLogprob, new_requests
+from duetjax.constrain.grammars import check_together
+from duetjax.policy.request import Constraint, NewRequest, TokenLogprob, new_requests
 from duetjax.serve.context import Service
 from duetjax.serve.errors import model_not_found
+from duetjax.serve.form import PLAIN, Form
 from duetjax.serve.objectives import Objectives
 from duetjax.serve.protocol import GenerationBody
+from duetjax.text.answer import CallDelta
 
 # Parameters that the model's defaults stand in for.
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -38,6 +41,7 @@ class Delta(NamedTuple):
 
     logprobs: where they were asked for, the tokens of `text`. Unlike token_ids, which are told as
     they are sampled, they wait for text that is held back, and leave out what a stop cuts off.
+    reasoning, calls: the parts of the answer beside its text, where it is taken apart.
     """
 
     index: int  # type: ignore[assignment] # of the choice; hides tuple.index
@@ -45,6 +49,8 @@ class Delta(NamedTuple):
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     logprobs: tuple[ScoredToken, ...] = ()
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -55,6 +61,18 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         token_ids=tuple(t for delta in deltas for t in delta.token_ids),
         finish_reason=deltas[-1].finish_reason,
         logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+        reasoning="".join(delta.reasoning for delta in deltas),
+        calls=_whole_calls([call for delta in deltas for call in delta.calls]),
+    )
+
+
+def _whole_calls(pieces: Sequence[CallDelta]) -> tuple[CallDelta, ...]:
+    by_index: dict[int, list[CallDelta]] = {}
+    for piece in pieces:
+        by_index.setdefault(piece.index, []).append(piece)
+    return tuple(
+        CallDelta(index, some[0].name, "".join(piece.arguments for piece in some))
+        for index, some in by_index.items()
     )
 
 
@@ -81,7 +99,7 @@ class Call:
 
     n: generations per prompt. prompt_tokens: each prompt counted once, whatever n is. headers: for
     the response. ttft_slo_ms: its objective for the first token; None is the server's. timings:
-    whether the client asks how long its parts took.
+    whether the client asks how long its parts took. form: how answers are taken apart.
     """
 
     choices: tuple[Choice, ...]
@@ -93,6 +111,7 @@ class Call:
     headers: Mapping[str, str]
     ttft_slo_ms: float | None = None
     timings: bool = False
+    form: Form = PLAIN
 
     def with_headers(self, objectives: Objectives, *, timings: bool) -> Self:
         """The same call with what its headers ask for: objectives of its own, and timings."""
@@ -102,7 +121,9 @@ class Call:
         ttft = objectives.ttft_ms
         return replace(self, choices=choices, ttft_slo_ms=ttft, timings=timings)
 
-    def usage(self, completion_tokens: int, cached: Mapping[int, int]) -> dict[str, Any]:
+    def usage(
+        self, completion_tokens: int, cached: Mapping[int, int], reasoning_tokens: int = 0
+    ) -> dict[str, Any]:
         """OpenAI's usage object; cached: tokens that each choice found in the prefix cache.
 
         The choices of a prompt find what the first of them has computed; what all of them found
@@ -110,6 +131,7 @@ class Call:
         """
         found = [cached.get(choice.index, 0) for choice in self.choices]
         prompts = range(0, len(found), self.n)
+        details = {"reasoning_tokens": reasoning_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -117,6 +139,7 @@ class Call:
             "prompt_tokens_details": {
                 "cached_tokens": sum(min(found[i : i + self.n]) for i in prompts)
             },
+            **({"completion_tokens_details": details} if self.form.counts_reasoning else {}),
         }
 
 
@@ -157,6 +180,7 @@ def make_choices(
     prompts: Sequence[tuple[int, ...]],
     *,
     usual_max_tokens: int | None,
+    constraint: Constraint | None = None,
 ) -> tuple[Choice, ...]:
     """The generations that a request asks for, `n` per prompt, checked against the limits.
 
@@ -166,14 +190,18 @@ def make_choices(
     requests: list[NewRequest] = []
     for number, prompt in enumerate(prompts):
         check_ids(service, prompt, body.prompt_field)
+        params = _sampling(service, body, prompt, usual_max_tokens)
+        if constraint is not None and constraint.grammar is not None:
+            check_together(params)
         requests += new_requests(
             f"{call_id}-{number}",
             prompt,
-            _sampling(service, body, prompt, usual_max_tokens),
+            params,
             eos_token_ids=service.eos_token_ids,
             room=service.max_model_len - len(prompt),
             priority=body.priority,
             cache_salt=body.cache_salt or "",
+            constraint=constraint,
         )
     return tuple(Choice(index, new) for index, new in enumerate(requests))
 

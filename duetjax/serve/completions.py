@@ -8,6 +8,7 @@ from typing import Any
 
 from duetjax.serve.call import Call, Delta, check_characters, check_count, check_model, make_choices
 from duetjax.serve.context import Service
+from duetjax.serve.form import completion_form
 from duetjax.serve.logprobs import completion_logprobs
 from duetjax.serve.protocol import CompletionBody, ignored_header
 from duetjax.text.tokenizer import Tokenizer
@@ -25,7 +26,12 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
     check_count(service, len(body.prompt), body.n)
     prompts = [_encode(service, prompt) for prompt in body.prompt]
     call_id = f"cmpl-{uuid.uuid4().hex}"
-    choices = make_choices(service, body, call_id, prompts, usual_max_tokens=_USUAL_MAX_TOKENS)
+    form = completion_form(service, body.response_format)
+    choices = make_choices(
+        *(service, body, call_id, prompts),
+        usual_max_tokens=_USUAL_MAX_TOKENS,
+        constraint=form.constraint,
+    )
     echoes = [_echo(service, prompt) for prompt in body.prompt] if body.echo else []
     reply = CompletionReply(
         head={"id": call_id, "object": "text_completion", "created": int(time.time())}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from duetjax.config import SamplingParams
+from duetjax.constrain.checker import GrammarChecker
 from duetjax.engine import Engine
 from duetjax.serve.admission import Admission
 from duetjax.serve.dispatch import Dispatcher
@@ -11,6 +12,7 @@ from duetjax.serve.limits import Limits
 from duetjax.serve.lives import Lives
 from duetjax.serve.metrics import Metrics
 from duetjax.serve.queue_bound import QueueBound
+from duetjax.text.answer import ReasoningStyle, ToolStyle
 from duetjax.text.tokenizer import Tokenizer
 
 
@@ -25,6 +27,8 @@ class Service:
     in this process. api_key: None lets everybody in. ping_seconds: silence after which a stream
     says so. strict_params: refuse unknown fields instead of naming them. metrics_public: show
     /metrics without a key. watchdog_s, tbt_slo_ms: see `EngineConfig`; 0 watches nothing.
+    tool_style, reasoning_style: how the model spells tool calls and reasoning; None: they are
+    neither looked for nor offered. checker: of the grammars that requests bring.
     """
 
     client: Engine
@@ -43,6 +47,9 @@ class Service:
     metrics_public: bool = False
     watchdog_s: float = 0.0
     tbt_slo_ms: float = 50.0
+    tool_style: ToolStyle | None = None
+    reasoning_style: ReasoningStyle | None = None
+    checker: GrammarChecker = field(default_factory=GrammarChecker, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ async def _collect(call: Call, generation: Generation) -> Response:
         if (delta := await generation.next()) is not None:
             deltas[delta.index].append(delta)
     whole = call.reply.whole([joined(own) for own in deltas])
-    usage = {"usage": call.usage(generation.num_tokens, generation.cached)}
+    usage = {"usage": generation.usage(call)}
     body = orjson.dumps(whole | usage | generation.told_timings())
     return Response(body, headers=call.headers, media_type="application/json")
 

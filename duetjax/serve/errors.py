@@ -69,6 +69,18 @@ def non_finite_logits() -> HttpError:
     )
 
 
+def constraint_failed() -> HttpError:
+    """400 for an answer that could not go on under its schema, or with numbers that are none."""
+    return HttpError(
+        400,
+        "constraint_failed",
+        "the answer could not be continued under its schema, which is too complex for a token, or"
+        " the model computed NaN or infinity; simplify the schema",
+        param="response_format",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def deadline_exceeded(
     status: int, why: str, limit: str, headers: Mapping[str, str] | None = None
 ) -> HttpError:

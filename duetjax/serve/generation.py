@@ -14,13 +14,16 @@ from duetjax.serve.context import Context
 from duetjax.serve.dispatch import Mail
 from duetjax.serve.errors import (
     HttpError,
+    constraint_failed,
     deadline_exceeded,
     engine_dead,
     non_finite_logits,
     not_running,
 )
+from duetjax.serve.form import Form
 from duetjax.serve.metrics import AbortCause
 from duetjax.serve.timings import Timings
+from duetjax.text.reasoning_tokens import ReasoningTokens
 from duetjax.text.stream import TextDelta, TextStream
 from duetjax.text.tokenizer import Tokenizer
 from duetjax.trace_events import RequestLife
@@ -34,8 +37,13 @@ class _Progress:
     token tells.
     """
 
-    def __init__(self, choice: Choice, tokenizer: Tokenizer, queued_tokens: int) -> None:
+    def __init__(
+        self, choice: Choice, tokenizer: Tokenizer, queued_tokens: int, form: Form
+    ) -> None:
         sampling = choice.new.sampling
+        self.reasoning = ReasoningTokens(begun=form.reasoning_begun)
+        self._parser = None if form.parser is None else form.parser()
+        self._counts_reasoning = form.counts_reasoning
         self.choice = choice
         self.queued_tokens = queued_tokens
         self.num_tokens = 0
@@ -50,21 +58,43 @@ class _Progress:
         )
         self._scores: deque[tuple[int, TokenLogprob]] = deque()  # tokens not in the text yet
 
-    def take(self, output: RequestOutput) -> tuple[TextDelta, tuple[ScoredToken, ...]]:
-        """The text that a step gives, and its tokens where their logprobs were asked for."""
+    def take(self, output: RequestOutput) -> tuple[Delta, bool]:
+        """What a step gives, and whether a stop string has ended the text."""
         if output.finish is None:
-            delta = self._text.push(output.token_ids)
+            text = self._text.push(output.token_ids)
         else:
             at_stop_id = output.finish is FinishReason.STOP
-            delta = self._text.end(output.token_ids, at_stop_id=at_stop_id)
-        if self.choice.new.sampling.logprobs is None:
-            return delta, ()
+            text = self._text.end(output.token_ids, at_stop_id=at_stop_id)
+        finish = FinishReason.STOP if text.stopped else output.finish
+        reason = None if finish is None else finish.value
+        delta = Delta(self.choice.index, text.text, output.token_ids, reason)
+        if self.choice.new.sampling.logprobs is not None:
+            delta = delta._replace(logprobs=self._scored(output, text))
+        return self._apart(delta), text.stopped
+
+    def _apart(self, delta: Delta) -> Delta:
+        """Its text taken apart where the answer may have parts."""
+        if self._counts_reasoning:
+            self.reasoning.push(len(delta.token_ids), delta.text)
+        if self._parser is None:
+            return delta
+        parts, reason = self._parser.push(delta.text), delta.finish_reason
+        content, reasoning, calls = parts
+        if reason is not None:
+            rest = self._parser.end()
+            content, reasoning = content + rest.content, reasoning + rest.reasoning
+            calls += rest.calls
+            if self._parser.num_calls and reason == FinishReason.STOP:
+                reason = "tool_calls"
+        return delta._replace(text=content, reasoning=reasoning, calls=calls, finish_reason=reason)
+
+    def _scored(self, output: RequestOutput, delta: TextDelta) -> tuple[ScoredToken, ...]:
         self._scores.extend(zip(output.token_ids, output.logprobs, strict=True))
         tokens = []
         for offset in delta.offsets:
             token_id, score = self._scores.popleft()
             tokens.append(ScoredToken(token_id, offset, score))
-        return delta, tuple(tokens)
+        return tuple(tokens)
 
 
 class Generation:
@@ -91,6 +121,7 @@ class Generation:
                 choice,
                 service.tokenizer,
                 0 if choice.index % call.n else len(choice.new.prompt),
+                call.form,
             )
             for choice in call.choices
         }
@@ -103,6 +134,7 @@ class Generation:
         self._submitted = arrived
         self._timings: dict[int, Timings] | None = {} if call.timings else None
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.cached: dict[int, int] = {}  # by choice
 
     def __enter__(self) -> Self:
@@ -226,24 +258,22 @@ class Generation:
     def _advance(self, progress: _Progress, output: RequestOutput, at: float) -> Delta:
         choice = progress.choice
         if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-            raise self._failure(output.finish)
+            raise self._failure(output.finish, choice)
         if output.num_cached_tokens:
             self.cached[choice.index] = output.num_cached_tokens
         if output.token_ids:
             self._observe_tokens(progress, output, at)
-        finish = output.finish
-        delta, logprobs = progress.take(output)
-        if delta.stopped:
-            finish = FinishReason.STOP
-            if output.finish is None:
-                self._client.abort(output.id)
-                self._metrics.aborted[AbortCause.STOP_STRING].inc()
+        delta, stopped = progress.take(output)
+        if stopped and output.finish is None:
+            self._client.abort(output.id)
+            self._metrics.aborted[AbortCause.STOP_STRING].inc()
+        finish = FinishReason.STOP if stopped else output.finish
         if finish is not None:
+            self.num_reasoning_tokens += progress.reasoning.count
             self._end(progress, finish, output.num_launches)
-        reason = None if finish is None else finish.value
-        return Delta(choice.index, delta.text, output.token_ids, reason, logprobs)
+        return delta
 
-    def _failure(self, finish: FinishReason) -> HttpError:
+    def _failure(self, finish: FinishReason, choice: Choice) -> HttpError:
         """Why the engine ended a request: it waited, the server ends, it died, or lost this one."""
         if finish is FinishReason.ABORT and self._waited_too_long and self._client.is_healthy:
             seconds = self._limits.queue_timeout_s
@@ -254,6 +284,8 @@ class Generation:
             return shutting_down()
         if not self._client.is_healthy:
             return engine_dead(not_running(self._client))
+        if choice.new.constraint is not None:
+            return constraint_failed()
         self._metrics.corrupted.inc()
         return non_finite_logits()
 
@@ -274,6 +306,10 @@ class Generation:
         self._queue.queued_tokens -= progress.queued_tokens
         self._queue.arrivals.pop(progress.choice.new.id, None)
         progress.queued_tokens = 0
+
+    def usage(self, call: Call) -> dict[str, Any]:
+        """OpenAI's usage object, of what has come so far."""
+        return call.usage(self.num_tokens, self.cached, self.num_reasoning_tokens)
 
     def told_timings(self) -> dict[str, Any]:
         """What an answer has of them, by choice; nothing unless the client asked."""

@@ -22,7 +22,7 @@ from duetjax.serve.tracing import MAX_SECONDS
 _CODES: Mapping[int, tuple[str, ...]] = {
     400: (
         *("invalid_value", "unsupported_parameter", "context_length_exceeded"),
-        *("chat_template_failed", "too_many_headers", "malformed_http"),
+        *("chat_template_failed", "too_many_headers", "malformed_http", "constraint_failed"),
     ),
     401: ("invalid_api_key",),
     404: ("model_not_found", "not_found"),

@@ -3,7 +3,7 @@
 Pydantic makes them of their types; what those leave to others to check is added here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, override
 
@@ -14,7 +14,7 @@ from duetjax.config import INTEGER_RANGES, MAX_STOP_IDS, RANGES
 from duetjax.serve.answer_types import ANSWERS
 from duetjax.serve.context import Service
 from duetjax.serve.debug import FOR_TRACES
-from duetjax.serve.protocol import NEUTRAL, WITHOUT_EFFECT, ChatBody, CompletionBody
+from duetjax.serve.protocol import WITHOUT_EFFECT, ChatBody, CompletionBody
 from duetjax.serve.tokenization import MOST_TOKENS_A_POSITION, DetokenizeBody, TokenizeBody
 
 type Schema = dict[str, Any]
@@ -38,6 +38,11 @@ _NOTES = {
     "cache_salt": "Computed prompts are shared by requests with the same one alone.",
     "prompt": "Has at least one token.",
     "messages": "Together at most {max_prompt_characters} characters.",
+    "response_format": "Not beside tools that may be called. A schema is kept to, strict or not; it"
+    " has at most {max_schema_bytes} bytes, and {max_schema_depth} levels.",
+    "tools": "Need a server started with --tool-call-parser.",
+    "tool_choice": "Without it auto, where there are tools.",
+    "max_reasoning_tokens": "Needs a server started with --reasoning-parser.",
     "chat_template_kwargs": "Only variables that the model's chat template names.",
     "top_logprobs": "Needs logprobs: true.",
     "echo": "Not together with logprobs.",
@@ -54,8 +59,14 @@ def schemas(service: Service, error_codes: tuple[str, ...]) -> dict[str, Schema]
     )
     named: dict[str, Schema] = document["$defs"]
     for kind in _GENERATING:
-        _complete(named[kind.__name__]["properties"])
-    named["Message"]["properties"]["tool_calls"] = {"enum": [[], None]}
+        _complete(named[kind.__name__]["properties"], kind.neutral)
+    named["Message"]["anyOf"] = [
+        {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+        {
+            "required": ["tool_calls"],
+            "properties": {"tool_calls": {"type": "array", "minItems": 1}},
+        },
+    ]
     named["TokenizeBody"]["oneOf"] = [
         {"properties": {name: {"type": kind}}, "required": [name]}
         for name, kind in (("prompt", "string"), ("messages", "array"))
@@ -80,7 +91,7 @@ class _Untitled(GenerateJsonSchema):
         return False
 
 
-def _complete(properties: dict[str, Schema]) -> None:
+def _complete(properties: dict[str, Schema], neutral: Mapping[str, Sequence[object]]) -> None:
     """Adds what `SamplingParams` and `GenerationBody.parse` check."""
     for name, (least, most) in {**RANGES, **INTEGER_RANGES}.items():
         properties[name] |= {"minimum": least, "maximum": most}
@@ -88,7 +99,7 @@ def _complete(properties: dict[str, Schema]) -> None:
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         least = 0 if name == "min_tokens" else 1
         properties[name] |= {"minimum": least, "maximum": "max_prompt_tokens"}
-    for name, values in NEUTRAL.items():
+    for name, values in neutral.items():
         properties[name] = {"enum": [*values, None], "description": "Other values are refused."}
     for name in WITHOUT_EFFECT:
         properties[name] = {"description": "Without effect."}

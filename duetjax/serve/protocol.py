@@ -10,74 +10,29 @@ In the JSON schemas of these models a bound that is the server's stands by its n
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import orjson
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import FailFast, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic.functional_validators import PlainValidator
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from duetjax.config import MAX_BIAS, MAX_PRIORITY, InvalidRequest
+from duetjax.serve.fields import AtMost, Body, Bounded, check_limit, parsed
+from duetjax.serve.formats import AskedToolChoice, CalledTool, CallMode, ResponseFormat, Tools
 from duetjax.serve.limits import Limits
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "audio": (),
     "modalities": (["text"],),
 }
+_NO_TOOLS: Mapping[str, tuple[object, ...]] = {"tools": ([],), "tool_choice": ("none", "auto")}
 WITHOUT_EFFECT = ("user",)
-
-
-class Body(BaseModel):
-    """An object of a request; what it does not know it keeps, to be named to the caller."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {k: v for k, v in value.items() if v is not None}
-
-    def unknown_fields(self) -> Iterator[str]:
-        """Names of the fields given but unknown, with the path to nested ones."""
-        yield from self.model_extra or ()
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            for index, item in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(item, Body):
-                    path = f"{name}[{index}]" if isinstance(value, list) else name
-                    yield from (f"{path}.{field}" for field in item.unknown_fields())
-
-
-def parsed[B: Body](kind: type[B], given: Mapping[str, Any], limits: Limits) -> B:
-    """A body of a kind; `InvalidRequest` names the first field at fault."""
-    try:
-        return kind.model_validate(given, context=limits)
-    except ValidationError as error:
-        raise _invalid(error.errors(include_url=False)[0]) from None
 
 
 type ModelName = Annotated[str, WithJsonSchema({"type": "string", "enum": "model_names"})]
@@ -95,70 +50,12 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-def _check_limit(size: int, name: str, unit: str, info: ValidationInfo) -> None:
-    """Raises what is told and counted as a request beyond one of the server's `Limits`."""
-    most = getattr(info.context, name)
-    if size > most:
-        raise PydanticCustomError(
-            "limit",
-            "has {size} {unit}; at most {most} are accepted",
-            {"size": size, "unit": unit, "most": most, "limit": name},
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _AtMost:
-    """Metadata of a number that a limit bounds."""
-
-    limit: str
-
-    def __get_pydantic_core_schema__(
-        self, kind: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return AfterValidator(self._check).__get_pydantic_core_schema__(kind, handler)
-
-    def __get_pydantic_json_schema__(
-        self, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return handler(core) | {"maximum": self.limit}
-
-    def _check(self, value: int, info: ValidationInfo) -> int:
-        most = getattr(info.context, self.limit)
-        if value > most:
-            context = {"value": value, "most": most, "limit": self.limit}
-            raise PydanticCustomError("limit", "is {value}; at most {most} is accepted", context)
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class _Bounded:
-    """Metadata of a list whose length a limit bounds, before its items are looked at."""
-
-    limit: str
-    unit: str
-
-    def __get_pydantic_core_schema__(
-        self, kind: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return BeforeValidator(self._check).__get_pydantic_core_schema__(kind, handler)
-
-    def __get_pydantic_json_schema__(
-        self, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return handler(core) | {"maxItems": self.limit}
-
-    def _check(self, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, list):
-            _check_limit(len(value), self.limit, self.unit, info)
-        return value
-
-
 def _stop_strings(value: object, info: ValidationInfo) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise ValueError("must be a non-empty string or a list of them")
-    _check_limit(len(strings), "max_stop_strings", "strings", info)
-    _check_limit(max(map(len, strings), default=0), "max_stop_characters", "characters", info)
+    check_limit(len(strings), "max_stop_strings", "strings", info)
+    check_limit(max(map(len, strings), default=0), "max_stop_characters", "characters", info)
     return tuple(strings)
 
 
@@ -166,7 +63,7 @@ def _biases(value: object, info: ValidationInfo) -> dict[str, Any]:
     """An object of bounded size; keys and values are `SamplingParams`' business."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
-    _check_limit(len(value), "max_logit_bias", "entries", info)
+    check_limit(len(value), "max_logit_bias", "entries", info)
     return value
 
 
@@ -185,6 +82,7 @@ class GenerationBody(Body):
     """The fields that both generating routes share; ranges are `SamplingParams`' business."""
 
     prompt_field: ClassVar[str]  # where the prompt stands, for errors about its length
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
     model: ModelName
     max_tokens: int | None = None
@@ -197,18 +95,21 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Annotated[dict[str, Any], PlainValidator(_biases), WithJsonSchema(_LOGIT_BIAS)] = {}
+    logit_bias: Annotated[dict[str, Any], PlainValidator(_biases), WithJsonSchema(_LOGIT_BIAS)] = (
+        Field(default_factory=dict)
+    )
     seed: int | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings), WithJsonSchema(_STOP)] = ()
     stop_token_ids: Annotated[
-        list[TokenId], FailFast(), _Bounded("max_stop_token_ids", "token ids")
-    ] = []
+        list[TokenId], FailFast(), Bounded("max_stop_token_ids", "token ids")
+    ] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    n: Annotated[int, Field(ge=1), _AtMost("max_n")] = 1
+    n: Annotated[int, Field(ge=1), AtMost("max_n")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    response_format: ResponseFormat | None = None
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -216,8 +117,8 @@ class GenerationBody(Body):
     def parse(cls, body: Mapping[str, Any], limits: Limits) -> Self:
         """Checks a JSON object; `InvalidRequest` names the first field at fault."""
         given = {k: v for k, v in body.items() if v is not None and k not in WITHOUT_EFFECT}
-        for name in [name for name in NEUTRAL if name in given]:
-            _check_neutral(name, given.pop(name))
+        for name in [name for name in cls.neutral if name in given]:
+            _check_neutral(name, given.pop(name), cls.neutral[name])
         checked = parsed(cls, given, limits)
         if checked.stream_options is not None and not checked.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
@@ -251,7 +152,7 @@ def _prompts(value: object, info: ValidationInfo) -> PromptInput:
         raise ValueError("must be a string, or a non-empty list of strings or of token ids")
     if type(value[0]) is int:
         return (_token_ids(value),)
-    _check_limit(len(value), "max_prompts", "prompts", info)
+    check_limit(len(value), "max_prompts", "prompts", info)
     if all(isinstance(prompt, str) for prompt in value):
         return tuple(value)
     if all(isinstance(prompt, list) and prompt for prompt in value):
@@ -275,10 +176,11 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt_field = "prompt"
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {**NEUTRAL, **_NO_TOOLS}
 
     prompt: Annotated[PromptInput, PlainValidator(_prompts), WithJsonSchema(_PROMPT)]
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0), _AtMost("max_logprobs")] | None = None
+    logprobs: Annotated[int, Field(ge=0), AtMost("max_logprobs")] | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -293,8 +195,12 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-def _text(value: object) -> str:
+def _text(value: object, info: ValidationInfo) -> str:
     """A message's content; text parts are joined by line feeds, as vLLM does."""
+    if value is None and info.data.get("tool_calls"):
+        return ""
+    if value is None:
+        raise PydanticCustomError("missing", "is required")
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -321,29 +227,44 @@ _CONTENT = {"anyOf": [TEXT, {"type": "array", "items": _PART}]}
 
 
 class Message(Body):
-    """One turn of a conversation."""
+    """One turn of a conversation; only the assistant's has tool_calls, and then perhaps no content.
+
+    reasoning_content: how it came to its answer, for templates that show it.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT)]
+    tool_calls: Annotated[list[CalledTool], FailFast(), Bounded("max_tools", "tool calls")] = Field(
+        default_factory=list
+    )
+    content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT)] = Field(
+        default=None, validate_default=True
+    )
     name: str | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_tool_calls(cls, value: object) -> object:
-        if not isinstance(value, dict) or "tool_calls" not in value:
-            return value
-        if value["tool_calls"] not in (None, []):
-            raise PydanticCustomError("unsupported_parameter", "tool_calls are not supported")
-        return {name: given for name, given in value.items() if name != "tool_calls"}
+    @model_validator(mode="after")
+    def _calls_as_the_assistant(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"of role {self.role} has tool_calls; only the assistant's may")
+        return self
 
-    def as_template_value(self) -> dict[str, str]:
+    @property
+    def num_characters(self) -> int:
+        """Of all that a template may show."""
+        calls = sum(len(c.function.name) + len(c.function.arguments) for c in self.tool_calls)
+        return len(self.content) + len(self.reasoning_content or "") + calls
+
+    def as_template_value(self) -> dict[str, Any]:
         """What chat templates see; they know OpenAI's developer role as system."""
-        value = self.model_dump(include=set(type(self).model_fields), exclude_none=True)
-        return value | {"role": "system" if self.role == "developer" else self.role}
+        plain = {"content", "name", "tool_call_id", "reasoning_content"}
+        value: dict[str, Any] = self.model_dump(include=plain, exclude_none=True)
+        if self.tool_calls:
+            value["tool_calls"] = [call.as_template_value() for call in self.tool_calls]
+        return {"role": "system" if self.role == "developer" else self.role} | value
 
 
-type Messages = Annotated[list[Message], FailFast(), _Bounded("max_messages", "messages")]
+type Messages = Annotated[list[Message], FailFast(), Bounded("max_messages", "messages")]
 """A conversation."""
 
 
@@ -353,9 +274,13 @@ class ChatBody(GenerationBody):
     prompt_field = "messages"
 
     messages: Annotated[Messages, Field(min_length=1)]
-    chat_template_kwargs: dict[str, bool | str] = {}
+    chat_template_kwargs: dict[str, bool | str] = Field(default_factory=dict)
+    tools: Tools = Field(default_factory=list)
+    tool_choice: AskedToolChoice | None = None
+    parallel_tool_calls: bool = True
+    max_reasoning_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0), _AtMost("max_top_logprobs")] = 0
+    top_logprobs: Annotated[int, Field(ge=0), AtMost("max_top_logprobs")] = 0
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -364,29 +289,20 @@ class ChatBody(GenerationBody):
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the answer may call tools."""
+        mode = CallMode.AUTO if self.tool_choice is None else self.tool_choice.mode
+        return bool(self.tools) and mode is not CallMode.NONE
 
-def _check_neutral(name: str, value: object) -> None:
-    neutral = NEUTRAL[name]
+
+def _check_neutral(name: str, value: object, neutral: tuple[object, ...]) -> None:
     if any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
         return
     hint = " or send ".join(["leave it out", *(orjson.dumps(v).decode() for v in neutral)])
     raise InvalidRequest(
         f"{name} {short(value)} is not supported; {hint}", param=name, code="unsupported_parameter"
     )
-
-
-def _invalid(error: ErrorDetails) -> InvalidRequest:
-    path = [p if isinstance(p, str) else f"[{p}]" for p in error["loc"]]
-    param = ".".join(path).replace(".[", "[")
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if error["type"] == "missing":
-        message = "is required"
-    elif error["type"] not in ("value_error", "unsupported_parameter", "limit"):
-        message += f", not {short(error['input'])}"
-    code = error["type"] if error["type"] == "unsupported_parameter" else "invalid_value"
-    reason = error.get("ctx", {}).get("limit")
-    return InvalidRequest(f"{param}: {message}", param=param, code=code, reason=reason)
 
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")

@@ -51,7 +51,7 @@ async def _send_chunks(call: Call, generation: Generation, send: Send, unsent: l
                 await write(send, events)
     last = generation.told_timings()
     if call.include_usage:
-        last = {"usage": call.usage(generation.num_tokens, generation.cached)} | last
+        last = {"usage": generation.usage(call)} | last
     if last:
         unsent.append(event(call.reply.last() | last))
 
@@ -71,7 +71,8 @@ class _Spelling:
     def events(self, delta: Delta) -> bytes:
         """All events for a delta; empty where there is nothing to tell."""
         frame = self._frames.get(delta.index)
-        if frame is not None and delta.text and delta.finish_reason is None:
+        is_text = delta.text and not (delta.reasoning or delta.calls)
+        if frame is not None and is_text and delta.finish_reason is None:
             return frame[0] + orjson.dumps(delta.text) + frame[1]
         is_first = delta.index not in self._frames
         events = self._spelled(delta, is_first=is_first)

@@ -13,15 +13,8 @@ from duetjax.serve.body import json_response, read_json
 from duetjax.serve.call import check_characters, check_ids, check_model
 from duetjax.serve.chat import encode_messages
 from duetjax.serve.context import Context, Service
-from duetjax.serve.protocol import (
-    TEXT,
-    Body,
-    Messages,
-    ModelName,
-    TokenId,
-    ignored_header,
-    parsed,
-)
+from duetjax.serve.fields import Body, parsed
+from duetjax.serve.protocol import TEXT, Messages, ModelName, TokenId, ignored_header
 
 MOST_TOKENS_A_POSITION = 8
 """Token ids that /detokenize takes, times max_model_len: as many as text it may come from."""

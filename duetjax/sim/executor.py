@@ -235,6 +235,7 @@ class _Slots:
     def __init__(self, sampler: Sampler | None) -> None:
         self._sampler = sampler
         self._params: dict[int, SlotParams] = {}
+        self._allowed: dict[int, bytes] = {}  # masks of slots that may not sample everything
         self._position = np.zeros(MOST_SLOTS, np.int64)
         self._limit = np.zeros(MOST_SLOTS, np.int64)
         self._has_stopped = np.zeros(MOST_SLOTS, np.bool_)
@@ -279,8 +280,11 @@ class _Slots:
             self._params[params.slot] = params
             self._position[params.slot] = self._limit[params.slot] = 0
             self._has_stopped[params.slot] = False
+            self._allowed.pop(params.slot, None)
         for slot, limit in launch.limits:
             self._limit[slot] = limit
+        for slot, mask in launch.allowed:
+            self._allowed[slot] = mask
 
     def skip(self, launch: Launch, count: int, limits: Columns) -> None:
         """So many more steps of a launch's rows, which may go as far as `limits`, or further.
@@ -295,12 +299,21 @@ class _Slots:
         """The token that will stand at the slot's position, and whether it stops the row."""
         params, position = self._params[slot], self._position.item(slot)
         token = sampler(params, position)
+        if mask := self._allowed.get(slot):
+            token = _allowed(mask, token, params.stop_ids)
         if token not in params.stop_ids:
             return token, 0
         if position < params.num_prompt + params.sampling.min_tokens:
             return _lowest_but(params.stop_ids), 0  # stop ids have no probability yet
         self._has_stopped[slot] = True
         return token, _STOPPED
+
+
+def _allowed(mask: bytes, token: int, stop_ids: tuple[int, ...]) -> int:
+    """A token that a mask of `Launch.allowed` has: an end if there is one, or one by `token`."""
+    ids = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").nonzero()[0].tolist()
+    ends = [end for end in stop_ids if end in ids]
+    return ends[0] if ends else ids[token % len(ids)]
 
 
 def _lowest_but(stop_ids: tuple[int, ...]) -> int:

@@ -20,9 +20,9 @@ from minijinja import Environment, TemplateError
 from duetjax.config import InvalidRequest, ModelFolderError
 
 _NAME: Final = "chat"
-# Instructions (0.1 to 0.2 us each). Real templates use 50 to 200 for a message.
+# Instructions (0.1 to 0.2 us each). Real templates use 50 to 200 for a message, tool or tool call.
 _FUEL: Final = 20_000
-_FUEL_PER_MESSAGE: Final = 1_000
+_FUEL_PER_ITEM: Final = 1_000
 _MAX_RENDERED_CHARS: Final = 16 << 20
 _PROBE_BYTES: Final = 512 << 20
 _PROBE_SECONDS: Final = 2
@@ -40,6 +40,7 @@ _GENERATION_TAG: Final = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}
 class ChatTemplate:
     """A compiled chat template; `render` may be called from several threads.
 
+    supports_tools: whether the source looks at `tools`; what does not, leaves them out silently.
     Raises `ModelFolderError` where the source does not compile.
     """
 
@@ -57,9 +58,9 @@ class ChatTemplate:
                 f"chat template does not compile: {_one_line(error)}; give another one with"
                 " --chat-template FILE"
             ) from None
-        self.kwarg_names = frozenset(env.undeclared_variables_in_template(_NAME)).difference(
-            env.globals, _SET_HERE
-        )
+        names = frozenset(env.undeclared_variables_in_template(_NAME))
+        self.kwarg_names = names.difference(env.globals, _SET_HERE)
+        self.supports_tools = "tools" in names
         self._env = env
         self._lock = threading.Lock()  # fuel is a property of the environment, not of a render
 
@@ -85,6 +86,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
         add_generation_prompt: bool = True,
@@ -92,13 +94,14 @@ class ChatTemplate:
     ) -> str:
         """The prompt text of a conversation.
 
-        The template sees `messages` and `kwargs` themselves and can call their methods: pass copies
-        where that matters. InvalidRequest: the template refuses these messages. ModelFolderError:
-        it runs too long or writes too much.
+        The template sees `messages`, `tools` and `kwargs` themselves and can call their methods:
+        pass copies where that matters. tools: as in OpenAI's API; templates know an empty list as
+        None. InvalidRequest: the template refuses these messages. ModelFolderError: it runs too
+        long or writes too much.
         """
         context = {
             "messages": messages,
-            "tools": None,
+            "tools": tools or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **{k: v for k, v in (("bos_token", bos_token), ("eos_token", eos_token)) if v},
@@ -106,7 +109,7 @@ class ChatTemplate:
         }
         try:
             with self._lock:
-                self._env.fuel = _FUEL + _FUEL_PER_MESSAGE * len(messages)
+                self._env.fuel = _FUEL + _FUEL_PER_ITEM * _num_items(messages, tools)
                 text = self._env.render_template(_NAME, **context)
         except InvalidRequest:  # from raise_exception
             raise
@@ -165,6 +168,13 @@ def _probe_child() -> int:
         sys.stdout.write(str(error))
         return 1
     return 0
+
+
+def _num_items(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> int:
+    calls = sum(len(message.get("tool_calls") or ()) for message in messages)
+    return len(messages) + calls + len(tools or ())
 
 
 def _render_fault(error: TemplateError) -> InvalidRequest | ModelFolderError:

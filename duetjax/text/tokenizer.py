@@ -16,6 +16,7 @@ from duetjax.text.token_bytes import TokenBytes
 # _EDGE encloses what stands in for one that the template wrote.
 _MARK: Final = "\U000ffffc"
 _EDGE: Final = "\U000ffffd"
+_MAX_DEPTH: Final = 100  # of what is in a message or a tool
 
 
 class Tokenizer:
@@ -23,8 +24,9 @@ class Tokenizer:
 
     bos_token, eos_token: texts of special tokens, None where the model has none. add_bos: whether
     `encode` begins with the BOS token; None leaves that to the tokenizer's post-processor.
-    Encoding releases the GIL. vocab_size: one more than the largest id. has_chat_template: whether
-    `encode_chat` can be used.
+    Encoding releases the GIL. vocab_size: one more than the largest id. added_ids: of the tokens
+    beside the tokenizer's model, special or not, by text. has_chat_template: whether `encode_chat`
+    can be used. supports_tools: whether its template looks at tools.
     """
 
     def __init__(
@@ -41,10 +43,13 @@ class Tokenizer:
         self._chat = _ChatEncoder(tokenizer_json)
         self._template = chat_template
         self.has_chat_template = chat_template is not None
+        self.supports_tools = chat_template is not None and chat_template.supports_tools
         self._bos_token, self._eos_token = bos_token, eos_token
         self.bos_token_id = self._declared_id("bos_token", bos_token)
         self.eos_token_id = self._declared_id("eos_token", eos_token)
         self.special_ids = self._chat.special_ids
+        added = self._backend.get_added_tokens_decoder()
+        self.added_ids: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self.vocab_size = 1 + max(self._backend.get_vocab().values(), default=-1)
         self._add_bos = add_bos
 
@@ -92,15 +97,18 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Token ids of a conversation as the chat template writes it, BOS included.
 
-        Control tokens come from the template only: a special token spelled in any string of the
-        messages or of template_kwargs is encoded as text. (Added tokens that the tokenizer does
-        not call special, such as `<think>` in some models, are not guarded: templates
-        look for them in messages.) Raises `InvalidRequest` where the template refuses.
+        Messages and tools are as in OpenAI's API, but for the arguments in `tool_calls`: templates
+        expect them parsed. Control tokens come from the template only: a special token spelled in
+        any string of the messages but their role, of tools or of template_kwargs is encoded as
+        text. (Added tokens that the tokenizer does not call special, such as `<think>` in some
+        models, are not guarded: templates look for them in messages.) Raises `InvalidRequest`
+        where the template refuses, or where a message or a tool is nested too deep.
         """
         if self._template is None:
             raise InvalidRequest(
@@ -111,13 +119,18 @@ class Tokenizer:
         kwargs = dict(template_kwargs or {})
         self._template.check_kwargs(kwargs)
         text = self._template.render(
-            self._chat.guard(messages),
+            [self._chat.guard_message(message) for message in messages],
+            tools=self._chat.guard(tools),
             bos_token=self._bos_token,
             eos_token=self._eos_token,
             add_generation_prompt=add_generation_prompt,
             **self._chat.guard(kwargs),
         )
         return self._chat.encode(text)
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that others can load."""
+        return str(self._backend.to_str())
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become replacement characters.
@@ -174,16 +187,21 @@ class _ChatEncoder:
             self._add(self._stand_in[t.content], t.lstrip, t.rstrip): i for i, t in special.items()
         }
 
-    def guard(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    def guard_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A guarded copy but for the role, one of a closed set, which templates compare."""
+        role = {"role": message["role"]} if "role" in message else {}
+        return {**self.guard(message), **role}
+
+    def guard(self, value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - any JSON value
         """A copy in which no string, and no two strings in a row, spell a special token."""
         if isinstance(value, str):
             return self._guard_text(value)
-        if isinstance(value, Mapping):  # templates compare roles, which are a closed set
-            return {
-                self._guard_text(k): v if k == "role" else self.guard(v) for k, v in value.items()
-            }
+        if depth > _MAX_DEPTH:
+            raise InvalidRequest(f"a message or a tool is nested more than {_MAX_DEPTH} deep")
+        if isinstance(value, Mapping):
+            return {self._guard_text(k): self.guard(v, depth + 1) for k, v in value.items()}
         if isinstance(value, Sequence):
-            return [self.guard(v) for v in value]
+            return [self.guard(v, depth + 1) for v in value]
         return value
 
     def encode(self, text: str) -> list[int]:

@@ -131,6 +131,76 @@ MISTRAL = """\
 {%- if asked | length == 0 %}{{- "[INST][/INST]" }}{%- endif %}
 """
 
+LLAMA3_TOOLS = """\
+{{- bos_token }}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- macro head(role) -%}
+    <|start_header_id|>{{ role }}<|end_header_id|>{{ "\\n\\n" }}
+{%- endmacro -%}
+{%- if tools is not none %}
+    {{- head("system") }}
+    {%- for tool in tools %}
+        {{- tool | tojson(indent=4) + "\\n\\n" }}
+    {%- endfor %}
+    {{- '{"name": tool, "parameters": arguments}<|eot_id|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role in ["tool", "ipython"] %}
+        {{- head("ipython") }}
+        {%- if message.content is mapping or message.content is iterable %}
+            {{- message.content | tojson }}
+        {%- else %}
+            {{- message.content }}
+        {%- endif %}
+    {%- elif "tool_calls" in message %}
+        {%- if not message.tool_calls | length == 1 %}
+            {{- raise_exception("One call at a time") }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- head("assistant") + '{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson + "}" }}
+    {%- else %}
+        {{- head(message["role"]) + message["content"] | trim }}
+    {%- endif %}
+    {{- "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- head("assistant") }}{%- endif %}
+"""
+
+QWEN_TOOLS = """\
+{%- if tools %}
+    {{- "<|im_start|>system\\n<tools>" }}
+    {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
+    {{- "\\n</tools><|im_end|>\\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}
+        {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}
+            {{- "<|im_start|>user" }}
+        {%- endif %}
+        {{- "\\n<tool_response>\\n" + message.content + "\\n</tool_response>" }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}
+            {{- "<|im_end|>\\n" }}
+        {%- endif %}
+        {%- continue %}
+    {%- endif %}
+    {{- "<|im_start|>" + message.role }}
+    {%- if message.content %}{{- "\\n" + message.content }}{%- endif %}
+    {%- for call in message.tool_calls or [] %}
+        {%- if call.function %}{%- set call = call.function %}{%- endif %}
+        {{- '\\n<tool_call>\\n{"name": "' ~ call.name ~ '", "arguments": ' }}
+        {%- if call.arguments is string %}
+            {{- call.arguments }}
+        {%- else %}
+            {{- call.arguments | tojson }}
+        {%- endif %}
+        {{- "}\\n</tool_call>" }}
+    {%- endfor %}
+    {{- "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}
+"""
+
 FAMILIES = {"llama2": LLAMA2, "llama3": LLAMA3, "qwen": QWEN, "mistral": MISTRAL}
 
 LLAMA3_SPECIALS = ("<|begin|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")

@@ -23,7 +23,8 @@ from duetjax.config import SamplingParams
 from duetjax.policy.limits import SchedulerLimits
 from duetjax.policy.request import new_requests
 from duetjax.serve import call, completions
-from duetjax.serve.protocol import Body, CompletionBody
+from duetjax.serve.fields import Body
+from duetjax.serve.protocol import CompletionBody
 from duetjax.text.stream import TextStream, _IncrementalDecoder
 
 FAULTS = Faults("Parameters", server, harm)

@@ -70,6 +70,9 @@ RULES = {
         ),
         theirs=("jax", "numpy"),
     ),
+    "duetjax.constrain": Rule(
+        ours=("duetjax.config", "duetjax.policy.request"), theirs=("llguidance", "numpy")
+    ),
     "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy", "duetjax.watchdog")),
     "duetjax.wire": Rule(ours=("duetjax.config", "duetjax.policy")),
     "duetjax.engine_process": Rule(
@@ -99,6 +102,7 @@ RULES = {
             "duetjax.build_sim",
             "duetjax.checkpoint",
             "duetjax.config",
+            "duetjax.constrain.grammars",
             "duetjax.engine",
             "duetjax.engine_process",
             "duetjax.log_lines",
@@ -108,8 +112,13 @@ RULES = {
             "duetjax.text",
         )
     ),
+    "duetjax.build_service": Rule(ours=("duetjax.build", "duetjax.serve.context")),
+    "duetjax.build_permits": Rule(
+        ours=("duetjax.checkpoint.source", "duetjax.constrain.permits", "duetjax.text")
+    ),
     "duetjax.build_device": Rule(
         ours=(
+            "duetjax.build_permits",
             "duetjax.checkpoint",
             "duetjax.config",
             "duetjax.devices",
@@ -119,11 +128,13 @@ RULES = {
             "duetjax.policy",
             "duetjax.progress",
             "duetjax.runtime",
+            "duetjax.text",
         ),
         theirs=("jax", "numpy"),
     ),
     "duetjax.build_sim": Rule(
         ours=(
+            "duetjax.build_permits",
             "duetjax.checkpoint",
             "duetjax.config",
             "duetjax.engine",
@@ -204,6 +215,21 @@ RULES = {
     ),
     "duetjax.bench_load": Rule(ours=("duetjax.config", "duetjax.sim"), theirs=("numpy", "orjson")),
     "duetjax.bench_report": Rule(ours=("duetjax.bench_client", "duetjax.sim"), theirs=("numpy",)),
+    "duetjax.bench_questions": Rule(ours=("duetjax.config",), theirs=("orjson",)),
+    "duetjax.bench_score": Rule(
+        ours=(
+            "duetjax.bench",
+            "duetjax.bench_client",
+            "duetjax.bench_endpoint",
+            "duetjax.bench_load",
+            "duetjax.bench_questions",
+            "duetjax.bench_score_report",
+            "duetjax.config",
+            "duetjax.progress",
+        ),
+        theirs=("orjson",),
+    ),
+    "duetjax.bench_score_report": Rule(ours=("duetjax.chart", "duetjax.config"), theirs=("numpy",)),
     "duetjax.bench_run": Rule(
         ours=(
             "duetjax.bench_client",
@@ -327,6 +353,7 @@ RULES = {
     "duetjax.serve": Rule(
         ours=(
             "duetjax.config",
+            "duetjax.constrain",
             "duetjax.engine",
             "duetjax.log_lines",
             "duetjax.policy.completed_launch",

@@ -116,10 +116,9 @@ def test_messages_that_are_none_are_refused_by_name(http, messages, param):
     [
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content"),
         ({"content": [{"type": "input_audio", "input_audio": {}}]}, "messages[0].content"),
-        ({"content": "", "tool_calls": [{"id": "1", "type": "function"}]}, "messages[0]"),
     ],
 )
-def test_images_audio_and_tool_calls_are_named_as_unsupported(http, message, param):
+def test_images_and_audio_are_named_as_unsupported(http, message, param):
     error = chat(http, messages=[{"role": "user"} | message]).json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 

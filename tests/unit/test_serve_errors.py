@@ -165,9 +165,8 @@ def test_a_token_id_beyond_the_logits_never_reaches_the_engine(http):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 2), ("suffix", "x"),
-        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]),
+        ("best_of", 2), ("suffix", "x"), ("audio", {"voice": "x"}),
+        ("modalities", ["text", "audio"]),
     ],
     ids=str,
 )  # fmt: skip

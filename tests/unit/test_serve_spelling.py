@@ -67,6 +67,9 @@ class Script:
     def told_timings(self):
         return {}
 
+    def usage(self, call):
+        return call.usage(self.num_tokens, self.cached)
+
     async def next(self):
         batch = self._batches[0]
         piece = batch.pop(0)

@@ -97,6 +97,14 @@ def test_another_model_is_not_found(http, path):
 # Limits.
 
 
+def _tool(number):
+    return {"type": "function", "function": {"name": f"f{number}"}}
+
+
+def _schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 def over(limits):
     """A request for each limit that goes one beyond it, and the route that it is sent to."""
     body = {"model": MODEL, "prompt": "a", "max_tokens": 1}
@@ -105,6 +113,9 @@ def over(limits):
     ids = list(range(limits["max_stop_token_ids"] + 1))
     prompts = limits["max_choices"] // limits["max_n"] + 1
     chat = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1, "logprobs": True}
+    large, deep = {"description": "x" * limits["max_schema_bytes"]}, {}
+    for _ in range(limits["max_schema_depth"] + 1):
+        deep = {"items": deep}
     return {
         "max_model_len": body | {"max_tokens": limits["max_model_len"]},
         "max_prompt_characters": body | {"prompt": "a" * (limits["max_prompt_characters"] + 1)},
@@ -112,6 +123,9 @@ def over(limits):
         "max_n": body | {"n": limits["max_n"] + 1},
         "max_choices": body | {"prompt": ["a"] * prompts, "n": limits["max_n"]},
         "max_messages": {"model": MODEL, "messages": MESSAGES * (limits["max_messages"] + 1)},
+        "max_tools": chat | {"tools": [_tool(i) for i in range(limits["max_tools"] + 1)]},
+        "max_schema_bytes": body | {"response_format": _schema(large)},
+        "max_schema_depth": body | {"response_format": _schema(deep)},
         "max_stop_strings": body | {"stop": ["x"] * (stops + 1)},
         "max_stop_characters": body | {"stop": "x" * (characters + 1)},
         "max_stop_token_ids": body | {"stop_token_ids": ids},

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from templates import FAMILIES, LLAMA2, LLAMA3, QWEN
+from templates import FAMILIES, LLAMA2, LLAMA3, LLAMA3_TOOLS, QWEN, QWEN_TOOLS
 
 from duetjax.config import InvalidRequest, ModelFolderError
 from duetjax.text.chat_template import ChatTemplate, probe
@@ -109,6 +109,80 @@ def test_tools_reach_the_template_as_json_that_is_not_escaped():
     expected = jinja2_render(QWEN, USER, tools=tools)
     assert COMPILED["qwen"].render(USER, tools=tools) == expected
     assert "a < b & 'é'" in expected
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a place, in <C> & 'F'",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def calling(*arguments):
+    return [
+        {"id": f"call_{i}", "type": "function", "function": {"name": "weather", "arguments": a}}
+        for i, a in enumerate(arguments)
+    ]
+
+
+ASKED = [
+    {"role": "user", "content": "Weather in Köln?"},
+    {"role": "assistant", "content": "", "tool_calls": calling({"city": "Köln", "days": [1]})},
+    {"role": "tool", "tool_call_id": "call_0", "content": '{"sky": "<grey>"}'},
+]
+
+
+@pytest.mark.parametrize("source", [LLAMA3_TOOLS, QWEN_TOOLS], ids=["llama3", "qwen"])
+@pytest.mark.parametrize("tools", [None, [WEATHER], [WEATHER, WEATHER]])
+def test_a_conversation_with_calls_renders_as_jinja2_renders_it(source, tools):
+    for messages in (USER, ASKED[:1], ASKED[:2], ASKED, [*ASKED, ASKED[2], *USER]):
+        expected = jinja2_render(source, messages, tools=tools, bos_token="<s>")
+        assert ChatTemplate(source).render(messages, tools=tools, bos_token="<s>") == expected
+
+
+def test_calls_and_results_stand_in_the_prompt_as_the_models_write_and_read_them():
+    text = ChatTemplate(LLAMA3_TOOLS).render(ASKED, tools=[WEATHER], bos_token="<s>")
+    call = '{"name": "weather", "parameters": {"city": "Köln", "days": [1]}}<|eot_id|>'
+    assert f"<|end_header_id|>\n\n{call}" in text
+    assert json.dumps(WEATHER, indent=4) in text
+    text = ChatTemplate(QWEN_TOOLS).render(
+        [*ASKED[:1], {**ASKED[1], "tool_calls": calling({}, {"a": 1})}, ASKED[2], ASKED[2]]
+    )
+    assert text.endswith(
+        '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
+        '<|im_start|>user\n<tool_response>\n{"sky": "<grey>"}\n</tool_response>\n'
+        '<tool_response>\n{"sky": "<grey>"}\n</tool_response><|im_end|>\n'
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_that_refuses_parallel_calls_says_so():
+    messages = [*USER, {"role": "assistant", "content": "", "tool_calls": calling({}, {})}]
+    with pytest.raises(InvalidRequest, match="One call at a time"):
+        ChatTemplate(LLAMA3_TOOLS).render(messages, bos_token="<s>")
+
+
+def test_a_template_knows_no_tools_as_none():
+    source = "{{ tools is none }}{{ tools is defined }}"
+    for tools in (None, [], ()):
+        assert ChatTemplate(source).render(USER, tools=tools).lower() == "truetrue"
+
+
+def test_a_template_supports_tools_where_it_looks_at_them():
+    assert [ChatTemplate(s).supports_tools for s in (LLAMA3_TOOLS, QWEN_TOOLS, QWEN)] == [True] * 3
+    assert [ChatTemplate(s).supports_tools for s in (LLAMA2, LLAMA3)] == [False] * 2
+    assert "tools" not in ChatTemplate(QWEN_TOOLS).kwarg_names
+
+
+def test_many_tools_and_calls_have_fuel_enough():
+    calls = {"role": "assistant", "content": "", "tool_calls": calling(*[{"a": 1}] * 1000)}
+    template = ChatTemplate(QWEN_TOOLS)
+    assert template.render([*USER, calls]).count("<tool_call>") == 1000
+    assert template.render(USER, tools=[WEATHER] * 2000).count("<C>") == 2000
 
 
 def test_thinking_can_be_switched_off_by_the_variable_the_template_names():

@@ -1,0 +1,131 @@
+"""Compiles grammars of requests in a process that can be killed, before an engine hears of them."""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+from itertools import chain
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from duetjax.config import InvalidRequest
+
+_log = logging.getLogger(__name__)
+
+_SECONDS: Final = 0.5
+_START_SECONDS: Final = 10.0
+_MEMORY_BYTES: Final = 1 << 30
+_REMEMBERED: Final = 256
+_PROGRAM: Final = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from duetjax.constrain.checker import answer_all
+answer_all()
+"""
+
+
+class GrammarChecker:
+    """Says whether a grammar can be used; `check` may be called from several threads.
+
+    One child process compiles, one grammar at a time. A grammar that takes longer than half a
+    second, or ends the child, is refused, and another child takes over.
+    """
+
+    def __init__(self, seconds: float = _SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._faults: OrderedDict[str, str] = OrderedDict()  # by grammar; the oldest first
+
+    def check(self, grammar: str, param: str) -> None:
+        """Raises `InvalidRequest` for a grammar that cannot be used."""
+        with self._lock:
+            known = self._faults.get(grammar)
+            fault = self._ask(grammar) if known is None else known
+            self._faults[grammar] = fault
+            self._faults.move_to_end(grammar)
+            if len(self._faults) > _REMEMBERED:
+                self._faults.popitem(last=False)
+        if fault:
+            raise InvalidRequest(f"the schema cannot be used: {fault}", param=param)
+
+    def close(self) -> None:
+        """Ends the child."""
+        with self._lock:
+            self._drop()
+
+    def _ask(self, grammar: str) -> str:
+        child = self._child = self._child or _Child()
+        answer = child.ask(grammar, self._seconds)
+        if answer is None:
+            _log.warning("a grammar of %d bytes was too much to compile", len(grammar))
+            self._drop()
+            return "it takes too long to compile; make it simpler"
+        return answer
+
+    def _drop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+
+class _Child:
+    """The process, and a thread that reads what it says."""
+
+    def __init__(self) -> None:
+        path = json.dumps([each or "." for each in sys.path])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is for the server
+        )
+        self._said: SimpleQueue[str] = SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self._is_ready = False
+
+    def ask(self, grammar: str, seconds: float) -> str | None:
+        """The fault of a grammar, or ""; None where the process did not say in time."""
+        try:
+            if not self._is_ready:
+                self._said.get(timeout=_START_SECONDS)
+                self._is_ready = True
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(grammar).encode() + b"\n")
+            self._process.stdin.flush()
+            said = self._said.get(timeout=seconds)
+        except (Empty, OSError):
+            return None
+        return str(json.loads(said)) if said else None
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(ValueError, OSError):  # closed by `kill`
+            for line in self._process.stdout:
+                self._said.put(line.decode())
+        self._said.put("")  # whoever waits need not
+
+
+def answer_all() -> None:
+    """In the child: says "ready", then of each grammar that comes what is wrong with it."""
+    import resource
+
+    from duetjax.constrain.grammars import fault
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    for answer in chain(["ready"], (fault(json.loads(line)) for line in sys.stdin.buffer)):
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,163 @@
+"""One constrained answer: follows its tokens and says which may come next."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from duetjax.constrain.grammars import LIMITS
+from duetjax.policy.request import Constraint, Permit
+
+_ANY = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A model's tokens as llguidance knows them. size: of the sampler's logits."""
+
+    tokenizer: LLTokenizer
+    size: int
+
+    def only(self, token: int) -> bytes:
+        """The mask that allows one token."""
+        words = np.zeros(-(-self.size // 32), "<u4")
+        words[token // 32] = 1 << token % 32
+        return words.tobytes()
+
+    def all_but(self, tokens: Iterable[int]) -> bytes:
+        """The mask that allows all tokens but these."""
+        words = np.full(-(-self.size // 32), 0xFFFFFFFF, "<u4")
+        for token in tokens:
+            words[token // 32] &= ~np.uint32(1 << token % 32)
+        return words.tobytes()
+
+    def mask(self, matcher: LLMatcher) -> bytes:
+        """What a matcher allows; it counts one id more than there are."""
+        return bytes(matcher.compute_bitmask()[: 4 * -(-self.size // 32)])
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, special ones where it spells them."""
+        return list(self.tokenizer.tokenize_str(text, parse_special=True))
+
+    def text(self, token: int) -> bytes:
+        """Of one token, a special one's included."""
+        return bytes(self.tokenizer.decode_bytes([token]))
+
+
+def vocabulary(tokenizer_json: str, size: int, eos_token_ids: list[int]) -> Vocabulary:
+    """Of a tokenizer.json's text; takes a second for a large one."""
+    return Vocabulary(LLTokenizer(tokenizer_json, n_vocab=size, eos_token=eos_token_ids), size)
+
+
+class _Part(Enum):
+    """Where an answer is. FORCED: the next tokens are given."""
+
+    REASONING = auto()
+    FORCED = auto()
+    ANSWER = auto()
+
+
+class Follower:
+    """Follows an answer from its first token: `begin`, then `sampled` for each; `begin` again anew.
+
+    Reasoning that no grammar follows is left to itself for as many tokens as it may have, so that
+    it takes launches of many steps. Where a grammar follows, each token is looked at; an answer
+    that does not begin in its reasoning is made to, and none ends there.
+    """
+
+    def __init__(self, request_id: str, constraint: Constraint, vocabulary: Vocabulary) -> None:
+        self._id = request_id
+        self._grammar = constraint.grammar
+        self._reasoning = constraint.reasoning
+        self._vocabulary = vocabulary
+        self._ends = vocabulary.tokenizer.eos_tokens
+
+    def begin(self) -> Permit:
+        """What may come first."""
+        self._num_tokens = 0
+        self._asked_at = 0  # from so many tokens on, what comes next has not been said
+        self._matcher: LLMatcher | None = None
+        self._forced = deque[int]()
+        self._text = bytearray()  # of the reasoning
+        self._searched = 0
+        self._budget: int | None = None
+        self._part = _Part.ANSWER
+        if self._grammar is not None:
+            tokenizer = self._vocabulary.tokenizer
+            self._matcher = LLMatcher(tokenizer, self._grammar, log_level=0, limits=LIMITS)
+        if self._reasoning is not None:
+            self._part = _Part.REASONING
+            self._budget = self._reasoning.max_tokens
+            if not self._reasoning.has_begun:
+                begin = self._vocabulary.ids(self._reasoning.begin)
+                if self._budget is not None:
+                    self._budget += len(begin)
+                if self._grammar is not None or self._reasoning.max_tokens == 0:
+                    self._force(begin)
+        return self._permit()
+
+    def sampled(self, token: int) -> Permit | None:
+        """What may come after a token; None where that has been said."""
+        self._num_tokens += 1
+        if self._part is _Part.ANSWER:
+            if self._matcher is not None:
+                self._matcher.consume_token(token)  # what is wrong shows with its next mask
+        else:
+            self._text += self._vocabulary.text(token)
+        if self._part is _Part.FORCED:
+            self._forced.popleft()
+            if not self._forced:
+                self._part = _Part.REASONING
+        return self._permit() if self._num_tokens >= self._asked_at else None
+
+    def _permit(self) -> Permit:
+        if self._part is _Part.REASONING and self._is_over():
+            self._part = _Part.ANSWER
+        if self._part is _Part.REASONING:
+            left = None if self._budget is None else self._budget - self._num_tokens
+            if left is None or left > 0:
+                if self._grammar is None:
+                    return self._say(_ANY, left)
+                return self._say(self._vocabulary.all_but(self._ends), 1)
+            assert self._reasoning is not None
+            self._force(self._vocabulary.ids(self._reasoning.end))
+        if self._part is _Part.FORCED:
+            return self._say(self._vocabulary.only(self._forced[0]), 1)
+        if self._matcher is None:
+            return self._say(_ANY, None)
+        mask = self._vocabulary.mask(self._matcher)
+        if self._matcher.is_error():
+            return Permit(self._id, self._num_tokens, error=self._matcher.get_error())
+        return self._say(mask, 1)
+
+    def _say(self, mask: bytes, steps: int | None) -> Permit:
+        if steps is not None:
+            self._asked_at = self._num_tokens + steps
+        return Permit(self._id, self._num_tokens, mask, steps)
+
+    def _force(self, tokens: list[int]) -> None:
+        self._part = _Part.FORCED
+        self._forced.extend(tokens)
+
+    def _is_over(self) -> bool:
+        """Whether the reasoning has ended, or the answer has none.
+
+        What a token has behind the end already belongs to the answer.
+        """
+        assert self._reasoning is not None
+        begin, end = self._reasoning.begin.encode(), self._reasoning.end.encode()
+        if not self._reasoning.has_begun:
+            opening = bytes(self._text[: 4 * len(begin)]).lstrip()
+            if not (opening.startswith(begin) or begin.startswith(opening)):
+                return True
+        at = self._text.find(end, max(0, self._searched - len(end)))
+        self._searched = len(self._text)
+        if at < 0:
+            return False
+        rest = bytes(self._text[at + len(end) :])
+        if self._matcher is not None and rest:
+            self._matcher.consume_tokens(self._vocabulary.tokenizer.tokenize_bytes(rest))
+        return True

@@ -1,0 +1,144 @@
+"""What the answer to a request has to be, and how its text is taken apart."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from duetjax.config import InvalidRequest
+from duetjax.constrain.grammars import json_grammar
+from duetjax.policy.request import Constraint, Reasoning
+from duetjax.serve.context import Service
+from duetjax.serve.formats import CallMode, ResponseFormat, ToolChoice
+from duetjax.serve.protocol import ChatBody
+from duetjax.text.answer import END_THINK, THINK, AnswerParser, begins_reasoning
+from duetjax.text.tool_grammar import tool_grammar
+
+_TAIL_TOKENS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What there is to know of an answer's form before it is there.
+
+    constraint: what its tokens are kept to. parser: makes what takes its text apart.
+    counts_reasoning: whether its reasoning is counted; reasoning_begun: the prompt opens it.
+    """
+
+    constraint: Constraint | None = None
+    parser: Callable[[], AnswerParser] | None = None
+    counts_reasoning: bool = False
+    reasoning_begun: bool = False
+
+
+PLAIN = Form()
+
+
+def completion_form(service: Service, wanted: ResponseFormat | None) -> Form:
+    """Of a completion; raises `InvalidRequest`."""
+    grammar = _json_grammar(service, wanted)
+    return PLAIN if grammar is None else Form(Constraint(grammar))
+
+
+def chat_form(service: Service, body: ChatBody, prompt: Sequence[int]) -> Form:
+    """Of the next turn of a conversation; raises `InvalidRequest`.
+
+    prompt: as the chat template wrote it, whose end says whether the answer begins in reasoning.
+    """
+    check_tools(service, body)
+    style = service.reasoning_style
+    if body.max_reasoning_tokens is not None and style is None:
+        raise InvalidRequest(
+            "max_reasoning_tokens needs a server that was started with --reasoning-parser",
+            param="max_reasoning_tokens",
+            code="unsupported_parameter",
+        )
+    calls = body.calls_tools
+    grammar = _json_grammar(service, body.response_format)
+    if grammar is not None and calls:
+        raise InvalidRequest(
+            "response_format cannot be kept by an answer that may call tools; send one of them, or"
+            ' tool_choice: "none"',
+            param="response_format",
+            code="unsupported_parameter",
+        )
+    if calls:
+        grammar = _call_grammar(service, body)
+    if style is None:
+        reasoning, begun = None, False
+    else:
+        end = service.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
+        begun = begins_reasoning(style, end)
+        is_closed = end.rstrip().endswith(END_THINK)
+        reasoning = Reasoning(THINK, END_THINK, begun, body.max_reasoning_tokens)
+        if is_closed or (grammar is None and body.max_reasoning_tokens is None):
+            reasoning = None
+    constraint = None
+    if grammar is not None or reasoning is not None:
+        constraint = Constraint(grammar, reasoning)
+    parser = None
+    if style is not None or calls:
+        tools = service.tool_style if calls else None
+        parser = partial(AnswerParser, reasoning=style, tools=tools, begins_reasoning=begun)
+    return Form(constraint, parser, counts_reasoning=style is not None, reasoning_begun=begun)
+
+
+def check_tools(service: Service, body: ChatBody) -> None:
+    """Raises `InvalidRequest` for tools that this server cannot call, or that contradict."""
+    names = [tool.function.name for tool in body.tools]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"tools has {twice!r} more than once; name each once", param="tools")
+    choice = body.tool_choice or ToolChoice(CallMode.AUTO)
+    if choice.mode is CallMode.REQUIRED and not names:
+        raise InvalidRequest("tool_choice asks for a call, but there are no tools", param="tools")
+    if choice.name is not None and choice.name not in names:
+        raise InvalidRequest(
+            f"tool_choice names {choice.name!r}, which is not among the tools: {', '.join(names)}",
+            param="tool_choice",
+        )
+    if body.calls_tools and service.tool_style is None:
+        raise InvalidRequest(
+            "tools need a server that was started with --tool-call-parser; leave them out, or send"
+            ' tool_choice: "none"',
+            param="tools",
+            code="unsupported_parameter",
+        )
+
+
+def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None:
+    schema = None if wanted is None else wanted.wanted
+    return None if schema is None else _grammar(service, schema, "response_format")
+
+
+def _call_grammar(service: Service, body: ChatBody) -> str | None:
+    """Of an answer that must call; None where it may."""
+    choice = body.tool_choice
+    if choice is None or choice.mode is not CallMode.REQUIRED:
+        return None
+    assert service.tool_style is not None, "checked before"
+    for tool in body.tools:
+        strict = tool.function.strict
+        _grammar(service, tool.function.parameters or {}, "tools", lenient=not strict)
+    return tool_grammar(
+        service.tool_style,
+        [tool.as_template_value() for tool in body.tools],
+        name=choice.name,
+        parallel=body.parallel_tool_calls and choice.name is None,
+        tag_ids=service.tokenizer.added_ids,
+    )
+
+
+def _grammar(
+    service: Service, schema: Mapping[str, Any], param: str, *, lenient: bool = False
+) -> str:
+    """Of a schema within the limits, tried."""
+    grammar = json_grammar(
+        schema,
+        max_bytes=service.limits.max_schema_bytes,
+        max_depth=service.limits.max_schema_depth,
+        param=param,
+        lenient=lenient,
+    )
+    service.checker.check(grammar, param)
+    return grammar

@@ -1,0 +1,452 @@
+"""What grammars are made of, hostile ones included, and the process that tries them first."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from duetjax.config import InvalidRequest, SamplingParams, StructuredOutputsParams
+from duetjax.constrain import checker
+from duetjax.constrain.checker import GrammarChecker
+from duetjax.constrain.grammars import check_together, fault, grammar_of, json_grammar
+
+MIB = 1 << 20
+PATIENCE = 60.0  # seconds until a hang is called one
+
+
+def grammar(schema, *, max_bytes=4 * MIB, max_depth=1_100):
+    return json_grammar(schema, max_bytes=max_bytes, max_depth=max_depth, param="schema")
+
+
+def nested(depth):
+    """A schema of `depth` objects in each other, itself included."""
+    schema = {}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
+def refused(schema, **bounds):
+    with pytest.raises(InvalidRequest) as refusal:
+        grammar(schema, **bounds)
+    assert refusal.value.param == "schema"
+    return refusal.value
+
+
+# Bounds.
+
+
+def test_a_schema_of_as_many_bytes_as_may_be_is_taken_and_of_one_more_is_not():
+    schema = {"type": "string", "description": "x" * 100}
+    size = len(json.dumps(schema))
+    assert fault(grammar(schema, max_bytes=size)) == ""
+    refusal = refused(schema, max_bytes=size - 1)
+    assert refusal.reason == "max_schema_bytes"
+    assert f"{size} bytes; at most {size - 1}" in str(refusal)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7, 100])
+def test_a_schema_as_deep_as_may_be_is_taken_and_one_deeper_is_not(depth):
+    assert fault(grammar(nested(depth + 1), max_depth=depth)) == ""
+    assert refused(nested(depth + 2), max_depth=depth).reason == "max_schema_depth"
+
+
+def test_lists_count_as_depth():
+    schema = {"anyOf": [{"type": "null"}]}
+    grammar(schema, max_depth=3)
+    assert refused(schema, max_depth=2).reason == "max_schema_depth"
+
+
+@pytest.mark.parametrize("depth", [1_000, 100_000])
+def test_a_schema_far_too_deep_is_refused_for_its_depth(depth):
+    assert refused(nested(depth), max_depth=100).reason == "max_schema_depth"
+
+
+def test_a_schema_that_contains_itself_is_refused():
+    schema = {}
+    schema["items"] = schema
+    refused(schema, max_depth=100)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"const": {1}}, {"const": b"x"}, {(1, 2): {}}, {"const": 10**5_000}]
+)
+def test_what_is_no_json_is_refused(schema):
+    assert "not JSON" in str(refused(schema))
+
+
+# What a grammar lets through is looked at in test_constrain_follower; here, what is refused.
+
+REFUSED = {
+    "uniqueItems": {"type": "array", "uniqueItems": True},
+    "contains": {"type": "array", "contains": {}},
+    "not": {"not": {"type": "string"}},
+    "if": {"if": {"type": "string"}, "then": {"minLength": 3}},
+    "propertyNames": {"type": "object", "propertyNames": {"maxLength": 3}},
+    "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
+    "oneOf that overlaps": {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+    "format nobody knows": {"type": "string", "format": "nope"},
+    "look-ahead": {"type": "string", "pattern": "(?=a)b"},
+    "back-reference": {"type": "string", "pattern": r"(a)\1"},
+    "not a regex": {"type": "string", "pattern": "((("},
+    "no such reference": {"$ref": "#/$defs/no"},
+    "another site": {"$ref": "https://example.com/schema.json"},
+    "nothing but itself": {"$ref": "#"},
+    "two of each other": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+    },
+    "least above most": {"type": "integer", "minimum": 2, "maximum": 1},
+    "an empty enum": {"enum": []},
+    "an empty anyOf": {"anyOf": []},
+    "a type that is a number": {"type": 7},
+    "no such type": {"type": "text"},
+    "properties in a list": {"type": "object", "properties": []},
+    "required in a word": {"type": "object", "required": "a"},
+    "an enum that is a word": {"enum": "abc"},
+    "negative length": {"type": "string", "minLength": -5},
+    "a multiple of 0": {"type": "integer", "multipleOf": 0},
+    "false": {"type": "object", "properties": {"a": False}, "required": ["a"]},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_schema_that_cannot_be_kept_to_has_a_fault_in_one_line(name):
+    said = fault(grammar(REFUSED[name]))
+    assert said
+    assert len(said.splitlines()) == 1
+    assert len(said) <= 300
+
+
+def test_a_schema_cannot_ask_for_its_unknown_keywords_to_be_passed_over():
+    schema = {"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}
+    assert "uniqueItems" in fault(grammar(schema))
+
+
+def test_notes_are_no_constraints():
+    assert fault(grammar({"title": "x", "description": "y", "default": 1, "examples": [2]})) == ""
+
+
+# Hostile ones: whatever they are, they get an answer, and never another exception.
+
+
+def chains_of(keyword, length=30):
+    """Each definition names the next one twice."""
+    definitions = {f"d{i}": {keyword: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{length}": {"type": "integer"}}}
+
+
+def crossed(count, width=10):
+    """All of `count` choices among objects with different keys."""
+    return {
+        "allOf": [
+            {"anyOf": [{"type": "object", "required": [f"{i} {j}"]} for j in range(width)]}
+            for i in range(count)
+        ]
+    }
+
+
+HOSTILE = {
+    "1 MB of enum": {"enum": [f"{i:09}" for i in range(80_000)]},
+    "1 MB of one word": {"const": "x" * MIB},
+    "1 MB of keys": {"type": "object", "properties": {f"p{i}": {} for i in range(80_000)}},
+    "a tree": {
+        "$ref": "#/$defs/n",
+        "$defs": {"n": {"type": "object", "properties": {"l": {"$ref": "#/$defs/n"}}}},
+    },
+    "an endless tree": {
+        "$ref": "#/$defs/n",
+        "$defs": {
+            "n": {"type": "object", "properties": {"l": {"$ref": "#/$defs/n"}}, "required": ["l"]}
+        },
+    },
+    "allOf in a ring": {
+        "$ref": "#/$defs/a",
+        "$defs": {
+            "a": {"allOf": [{"$ref": "#/$defs/b"}, {"type": "integer"}]},
+            "b": {"allOf": [{"$ref": "#/$defs/a"}]},
+        },
+    },
+    "1,000 deep": nested(1_000),
+    "(a+)+b": {"type": "string", "pattern": "(a+)+b"},
+    "many automata": {"type": "string", "pattern": "(a|b)*a(a|b){60}"},
+    "repeated repeats": {"type": "string", "pattern": "((a{1,100}){1,100}){1,100}b"},
+    "minItems": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+    "maxItems": {"type": "array", "items": {"type": "integer"}, "maxItems": 10**9},
+    "minLength": {"type": "string", "minLength": 10**9},
+    "maxLength": {"type": "string", "maxLength": 10**12},
+    "a number beyond 64 bits": {"type": "string", "maxLength": 10**30},
+    "multipleOf a prime": {"type": "integer", "multipleOf": 982_451_653},
+    "multipleOf next to nothing": {"type": "number", "multipleOf": 1e-300},
+    "allOf of 3 anyOf": crossed(3),
+    "allOf of 20 anyOf": crossed(20),
+    "prefixItems twice and twice": chains_of("prefixItems"),
+    "allOf twice and twice": chains_of("allOf"),
+    "anyOf twice and twice": chains_of("anyOf"),
+    "not a number": {"const": float("nan")},
+    "infinity": {"type": "number", "maximum": float("inf")},
+    "half a character": {"const": "\ud800"},
+    "half a character in a key": {"type": "object", "properties": {"\udfff": {}}},
+    "options that are wrong": {"x-guidance": {"lenient": 7}, "type": "object"},
+    "options that are no regex": {"x-guidance": {"whitespace_pattern": "((("}, "type": "object"},
+    "true": True,
+    "false": False,
+    "nothing": None,
+    "a list": [1],
+    "a word": "object",
+    "a number": 7,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_schema_gets_an_answer(name):
+    try:
+        said = fault(grammar(HOSTILE[name]))
+    except InvalidRequest as refusal:
+        said = str(refusal)
+    assert len(said.splitlines()) <= 1
+    assert len(said) < 1_000
+
+
+@pytest.mark.parametrize("schema", [True, False, None, [1], "object", 7])
+def test_true_is_a_schema_and_all_else_but_objects_lets_nothing_through(schema):
+    try:
+        said = fault(grammar(schema))
+    except InvalidRequest as refusal:
+        said = str(refusal)
+    assert bool(said) is (schema is not True)
+
+
+# What programs ask for.
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": {"type": "string", "pattern": "((("}},
+        {"json": "{"},
+        {"json": "[" * 100_000},
+        {"json": "[1]"},
+        {"json": '{"const": "\\ud800"}'},
+        {"json": nested(202)},
+        {"json": {"const": "x" * MIB}},
+        {"regex": "((("},
+        {"regex": "(?=a)b"},
+        {"regex": "\ud800"},
+        {"choice": ["\ud800"]},
+        {"grammar": "start: nothing"},
+        {"grammar": "start: \ud800"},
+        {"grammar": "no grammar at all"},
+        {"grammar": ""},
+    ],
+    ids=lambda wanted: repr(wanted)[:30],
+)
+def test_what_a_program_asks_for_in_vain_is_an_invalid_request(wanted):
+    with pytest.raises(InvalidRequest) as refusal:
+        grammar_of(StructuredOutputsParams(**wanted))
+    assert refusal.value.param == "structured_outputs"
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": {"type": "integer"}},
+        {"json": '{"type": "integer"}'},
+        {"json": nested(100)},
+        {"json_object": True},
+        {"regex": "(a+)+b"},
+        {"choice": ["yes", 'with "quotes"', "back\\slash", "new\nline", "été", "/a+/", "\u2028"]},
+        {"grammar": 'start: "a" | "b" start'},
+    ],
+    ids=lambda wanted: repr(wanted)[:30],
+)
+def test_what_a_program_asks_for_has_a_grammar(wanted):
+    assert fault(grammar_of(StructuredOutputsParams(**wanted))) == ""
+
+
+@pytest.mark.parametrize("changes", [{"min_tokens": 1}, {"ignore_eos": True}])
+def test_what_forbids_the_end_of_an_answer_is_refused(changes):
+    check_together(SamplingParams())
+    [name] = changes
+    with pytest.raises(InvalidRequest, match=name) as refusal:
+        check_together(SamplingParams(**changes))
+    assert refusal.value.param == name
+
+
+# The process that tries grammars first.
+
+GOOD = 'start: "a"'
+OTHER = 'start: "b"'
+BAD = "start: ((("
+ENDLESS = {
+    "allOf": [{"type": "string", "pattern": f".*a.{{{n}}}"} for n in range(10, 40)],
+}
+_CHILD = """
+import json, os, sys, time
+from duetjax.constrain import checker
+def fault(grammar):
+    if "hang" in grammar: time.sleep(1000)
+    if "die" in grammar: os._exit(1)
+    if "raise" in grammar: raise MemoryError
+    if "noise" in grammar: print("noise", file=sys.stderr)
+    return f"pid {os.getpid()}"
+"""
+
+
+def is_running(process_id):
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def said_of(checking, text):
+    """What a checker says is wrong with a grammar; None if nothing is."""
+    try:
+        checking.check(text, "schema")
+    except InvalidRequest as refusal:
+        assert refusal.param == "schema"
+        return str(refusal)
+    return None
+
+
+@pytest.fixture
+def checking(request):
+    made = GrammarChecker(getattr(request, "param", PATIENCE))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """Children do what a grammar says: hang, die, raise; else their fault is who they are."""
+    script = (
+        _CHILD + "import duetjax.constrain.grammars as g\ng.fault = fault\nchecker.answer_all()"
+    )
+    program = f"import json, sys\nsys.path[:] = json.loads(sys.argv[1])\n{script}"
+    monkeypatch.setattr(checker, "_PROGRAM", program)
+
+
+def test_the_child_says_what_fault_says(checking):
+    assert said_of(checking, GOOD) is None
+    assert fault(BAD) in said_of(checking, BAD)
+    assert said_of(checking, OTHER) is None
+
+
+@pytest.mark.parametrize("name", ["1 MB of enum", "1,000 deep", "(a+)+b", "an endless tree"])
+def test_a_hostile_schema_gets_an_answer_of_the_child_too(checking, name):
+    text = grammar(HOSTILE[name])
+    said_of(checking, text)
+    assert said_of(checking, GOOD) is None
+
+
+@pytest.mark.parametrize("checking", [0.5], indirect=True)
+def test_a_schema_that_takes_too_long_is_refused_and_the_next_is_not(checking):
+    assert "too long" in said_of(checking, grammar(ENDLESS))
+    said_of(checking, GOOD)
+
+
+@pytest.mark.parametrize("how", ["hang", "die", "raise"])
+def test_a_child_that_fails_is_gone_and_another_serves(scripted, monkeypatch, how):
+    checking = GrammarChecker(5.0 if how != "hang" else 0.5)
+    first = said_of(checking, "one")
+    pid = int(first.split()[-1])
+    assert said_of(checking, f"{how} now")
+    after = said_of(checking, "two")
+    assert after.startswith("the schema cannot be used: pid ")
+    if how != "raise":
+        assert after != first
+        assert not is_running(pid)
+    checking.close()
+    assert not is_running(int(after.split()[-1]))
+
+
+def test_one_child_serves_one_grammar_after_another(scripted, checking):
+    assert len({said_of(checking, str(i)) for i in range(20)}) == 1
+
+
+def test_what_a_grammar_was_found_to_be_is_not_asked_again(scripted, checking):
+    first = said_of(checking, "one")
+    assert said_of(checking, "die")
+    assert said_of(checking, "one") == first
+    assert said_of(checking, "two") != first
+
+
+def test_old_grammars_are_forgotten(scripted, monkeypatch, checking):
+    monkeypatch.setattr(checker, "_REMEMBERED", 2)
+    first = said_of(checking, "one")
+    said_of(checking, "die")
+    said_of(checking, "two")
+    assert said_of(checking, "one") != first
+
+
+@pytest.mark.parametrize("checking", [0.5], indirect=True)
+def test_threads_get_each_their_own_answer_whatever_becomes_of_the_others(scripted, checking):
+    texts = [
+        *(f"grammar {i}" for i in range(30)),
+        "hang",
+        "die",
+        *(f"other {i}" for i in range(30)),
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda text: said_of(checking, text), texts, timeout=PATIENCE))
+    bad = {text for text, each in zip(texts, said, strict=True) if "pid" not in each}
+    assert bad == {"hang", "die"}
+
+
+def test_answers_are_not_mixed_up_between_threads(checking):
+    texts = [GOOD, BAD, *(f'start: "{i}"' for i in range(20)), *("(" * i for i in range(1, 20))]
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda text: said_of(checking, text), texts, timeout=PATIENCE))
+    wanted = [fault(text) for text in texts]
+    assert [bool(each) for each in said] == [bool(each) for each in wanted]
+    assert all(want in each for want, each in zip(wanted, said, strict=True) if each)
+
+
+def test_a_child_that_cannot_start_is_no_reason_to_wait_for_ever(monkeypatch, checking):
+    monkeypatch.setattr(checker, "_PROGRAM", "raise SystemExit(3)")
+    assert said_of(checking, GOOD)
+
+
+def test_close_leaves_no_process_and_may_come_twice_or_first(scripted):
+    GrammarChecker().close()
+    checking = GrammarChecker(PATIENCE)
+    pid = int(said_of(checking, "one").split()[-1])
+    assert is_running(pid)
+    checking.close()
+    assert not is_running(pid)
+    checking.close()
+
+
+def test_close_leaves_no_thread(checking):
+    before = set(threading.enumerate())
+    said_of(checking, GOOD)
+    [reader] = set(threading.enumerate()) - before
+    checking.close()
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+
+
+def test_the_child_ends_when_whoever_asked_it_is_killed():
+    script = (
+        "import os, signal\n"
+        "from duetjax.constrain.checker import GrammarChecker\n"
+        "checking = GrammarChecker(60.0)\n"
+        f"checking.check({GOOD!r}, 'schema')\n"
+        "print(checking._child._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=PATIENCE)
+    pid = int(killed.stdout)
+    gone = threading.Event()
+    for _ in range(600):
+        if not is_running(pid):
+            break
+        gone.wait(0.1)
+    assert not is_running(pid)
