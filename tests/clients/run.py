@@ -46,6 +46,8 @@ CLIENTS = {
     "aiperf_client.py": ("demo", "h200"),
     "schemathesis_client.py": ("small", "strict", "narrow"),
     "page_client.py": ("demo", "h200", "locked"),
+    "perfetto_client.py": ("demo", "h200"),
+    "ray_client.py": ("demo",),
 }
 
 
