@@ -8,10 +8,10 @@ async with AsyncLLM() as llm:
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from duetjax.build import LoadedModel
 from duetjax.completion import (
@@ -22,6 +22,7 @@ from duetjax.completion import (
     request_output,
 )
 from duetjax.config import InvalidRequest, SamplingParams
+from duetjax.form import Form
 from duetjax.llm import BaseLLM, Message, Prompt, prioritised
 from duetjax.policy.request import NewRequest, StepOutputs
 from duetjax.policy.request import RequestOutput as EngineOutput
@@ -82,10 +83,15 @@ class AsyncLLM(BaseLLM):
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answers a conversation through the model's chat template; otherwise as `generate`."""
+        """Answers a conversation through the model's chat template; otherwise as `generate`.
+
+        tools, chat_template_kwargs: see `LLM.chat`.
+        """
         asked = self._asked(sampling_params, request_id, priority, cache_salt)
-        return self._run(partial(self._encode_chat, messages), asked)
+        return self._run(partial(self._encode_chat, messages, tools, chat_template_kwargs), asked)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request, whose last output then says "abort"; of no effect if it has ended."""
@@ -131,8 +137,9 @@ class AsyncLLM(BaseLLM):
                 prompt = await asyncio.to_thread(encode)  # long texts take long
                 # The engine may not yet have ended an earlier request of this id: another number.
                 name = f"{asked.id}.{next(self._numbers)}"
-                requests = self._model.new_requests(name, prompt.token_ids, asked.params)
-                call.submit(prioritised(requests, asked.priority, asked.cache_salt))
+                form = await asyncio.to_thread(self._form, prompt, asked.params)
+                requests = self._model.new_requests(name, prompt.token_ids, asked.params, form)
+                call.submit(prioritised(requests, asked.priority, asked.cache_salt), form)
                 while not call.is_finished:
                     await call.advance()
                     yield request_output(asked.id, prompt, call.completions)
@@ -191,11 +198,11 @@ class _Call:
         """Whether every completion has had its last output."""
         return not self._open
 
-    def submit(self, requests: Sequence[NewRequest]) -> None:
+    def submit(self, requests: Sequence[NewRequest], form: Form) -> None:
         """Starts the completions; aborts them at once if the call already was."""
         now = time.perf_counter()
         for new in requests:
-            completion = Completion.begin(self._model.tokenizer, new.sampling, now)
+            completion = Completion.begin(self._model.tokenizer, new.sampling, now, form)
             self._open[new.id] = completion
             self._waiting[new.id] = self
             self._model.engine.submit(new)

@@ -179,6 +179,8 @@ def warnings(rounds: Sequence[Round], found: Sequence[Figures]) -> Iterator[str]
         if each.failed:
             asked = each.completed + each.failed
             yield f"{name}: {each.failed} of {asked} requests failed, and count as not right"
+        if budget is not None and each.failed and all(x[:3] == "400" for x in each.errors_by_code):
+            yield f"{name}: `duetjax serve` keeps budgets with --reasoning-parser alone"
         if budget is not None and each.completed and not ignored:
             longest = each.longest_reasoning
             if longest is None:

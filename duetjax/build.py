@@ -25,9 +25,11 @@ from duetjax.config import (
 )
 from duetjax.engine import Engine
 from duetjax.engine_process import EngineProcess
+from duetjax.form import PLAIN, TAIL_TOKENS, Form, form_of
 from duetjax.log_lines import LogFormat
 from duetjax.planning import check_profiles
-from duetjax.policy.request import Constraint, NewRequest, new_requests
+from duetjax.policy.request import NewRequest, new_requests
+from duetjax.text.answer import ReasoningStyle, ToolStyle
 from duetjax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -63,9 +65,12 @@ class LoadedModel:
     notice: str = ""
 
     def new_requests(
-        self, request_id: str, prompt: tuple[int, ...], params: SamplingParams
+        self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, form: Form = PLAIN
     ) -> tuple[NewRequest, ...]:
-        """The engine's requests for a prompt's n completions; draws a seed where none is given."""
+        """The engine's requests for a prompt's n completions; draws a seed where none is given.
+
+        form: as `form` makes it of params that ask for one.
+        """
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(62))
         return new_requests(
@@ -74,21 +79,49 @@ class LoadedModel:
             params,
             eos_token_ids=self.generation.eos_token_ids,
             room=max(1, self.max_model_len - len(prompt)),
-            constraint=self._constraint(params),
+            constraint=form.constraint,
         )
 
-    def _constraint(self, params: SamplingParams) -> Constraint | None:
-        if params.structured_outputs is None:
-            return None
+    def form(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        reasoning: ReasoningStyle | None = None,
+        tools: ToolStyle | None = None,
+    ) -> Form:
+        """What is asked of the answers to a prompt; `InvalidRequest` where that cannot be kept.
+
+        reasoning, tools: see `form_of`.
+        """
+        if params.max_reasoning_tokens is not None and reasoning is None:
+            raise InvalidRequest(
+                "max_reasoning_tokens needs a reasoning_parser; name one as the model is loaded",
+                param="max_reasoning_tokens",
+            )
+        if params.structured_outputs is None and reasoning is None and tools is None:
+            return PLAIN
         if self.tokenizer is None:
             raise InvalidRequest(
-                f"model {self.name} has no tokenizer to keep an answer to structured_outputs by",
+                f"model {self.name} has no tokenizer to tell by what an answer may be",
                 param="structured_outputs",
             )
+        return form_of(
+            self.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False),
+            grammar=self._grammar(params),
+            reasoning=reasoning,
+            tools=tools,
+            max_reasoning_tokens=params.max_reasoning_tokens,
+        )
+
+    @staticmethod
+    def _grammar(params: SamplingParams) -> str | None:
+        if params.structured_outputs is None:
+            return None
         from duetjax.constrain.grammars import check_together, grammar_of  # loads llguidance
 
         check_together(params)
-        return Constraint(grammar_of(params.structured_outputs))
+        return grammar_of(params.structured_outputs)
 
     @property
     def defaults(self) -> SamplingParams:

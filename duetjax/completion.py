@@ -7,8 +7,10 @@ from typing import Self
 
 from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.engine import Engine, EngineDead
+from duetjax.form import PLAIN, Form
 from duetjax.policy.request import FinishReason, TokenLogprob
 from duetjax.policy.request import RequestOutput as EngineOutput
+from duetjax.text.answer import AnswerDelta, AnswerParser, CallDelta, followed
 from duetjax.text.stream import TextStream
 from duetjax.text.tokenizer import Tokenizer
 
@@ -35,6 +37,14 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool; arguments: the text of a JSON object, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One completion of a prompt, as far as it has come.
 
@@ -44,6 +54,8 @@ class CompletionOutput:
     logprobs: one for each of token_ids; None where the parameters do not ask for them. Token ids
     and logprobs include a token or string that ended the completion, text does not. Both are told
     as they are sampled, and may be ahead of the text of a completion that goes on.
+    reasoning, tool_calls: what the model's parsers have told apart from the text; "tool_calls" is
+    the finish_reason then.
     """
 
     index: int
@@ -52,6 +64,8 @@ class CompletionOutput:
     finish_reason: str | None
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +88,16 @@ class RequestOutput:
 class Delta:
     """A piece of a streamed completion; finish_reason is set on the last one.
 
-    token_ids and logprobs are told as they are sampled, and may be ahead of the text.
+    token_ids and logprobs are told as they are sampled, and may be ahead of the text. reasoning,
+    tool_calls: see `CompletionOutput`; of a call, its first piece has the name.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(slots=True)
@@ -88,20 +105,26 @@ class Completion:
     """A completion in the making: collects what the engine sends.
 
     stream: None for a model without a tokenizer; then there is no text. submitted: seconds of the
-    clock that `take` is told the time by. num_cached_tokens: None until its first output.
+    clock that `take` is told the time by. parser: takes the text apart, where it has parts.
+    num_cached_tokens: None until its first output.
     """
 
     stream: TextStream | None
     submitted: float
     logprobs: list[TokenLogprob] | None
+    parser: AnswerParser | None = None
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     finish: str | None = None
     num_cached_tokens: int | None = None
+    reasoning: list[str] = field(default_factory=list)
+    calls: dict[int, list[CallDelta]] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, tokenizer: Tokenizer | None, params: SamplingParams, now: float) -> Self:
+    def begin(
+        cls, tokenizer: Tokenizer | None, params: SamplingParams, now: float, form: Form = PLAIN
+    ) -> Self:
         """An empty one. Raises `InvalidRequest` for stop strings where there is no text."""
         stream = None
         if tokenizer is not None:
@@ -113,7 +136,8 @@ class Completion:
             )
         elif params.stop:
             raise InvalidRequest("stop strings need a model with a tokenizer", param="stop")
-        return cls(stream, now, None if params.logprobs is None else [])
+        parser = None if form.parser is None else form.parser()
+        return cls(stream, now, None if params.logprobs is None else [], parser)
 
     def take(self, output: EngineOutput, now: float) -> Delta:
         """Adds one step's tokens; `finish` is set when a stop string or the engine ended it."""
@@ -129,13 +153,29 @@ class Completion:
         if self.num_cached_tokens is None:
             self.num_cached_tokens = output.num_cached_tokens
         self.finish = None if finish is None else finish.value
-        self.text.append(text)
+        parts = self._apart(text)
+        self.text.append(parts.content)
         self.token_ids += output.token_ids
         self.token_times += [now - self.submitted] * len(output.token_ids)
-        if self.logprobs is None:
-            return Delta(text, output.token_ids, self.finish)
-        self.logprobs += output.logprobs
-        return Delta(text, output.token_ids, self.finish, output.logprobs)
+        logprobs = None if self.logprobs is None else output.logprobs
+        if self.logprobs is not None:
+            self.logprobs += output.logprobs
+        told = parts.content, output.token_ids, self.finish, logprobs
+        return Delta(*told, parts.reasoning, parts.calls)
+
+    def _apart(self, text: str) -> AnswerDelta:
+        """A piece of the text in its parts."""
+        if self.parser is None:
+            return AnswerDelta(text)
+        parts = self.parser.push(text)
+        if self.finish is not None:
+            parts = followed(parts, self.parser.end())
+            if self.parser.num_calls and self.finish == FinishReason.STOP:
+                self.finish = "tool_calls"
+        self.reasoning.append(parts.reasoning)
+        for call in parts.calls:
+            self.calls.setdefault(call.index, []).append(call)
+        return parts
 
     def output(self, index: int) -> CompletionOutput:
         """The completion as it is now."""
@@ -146,15 +186,24 @@ class Completion:
             finish_reason=self.finish,
             timings=Timings(tuple(self.token_times)),
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            reasoning="".join(self.reasoning),
+            tool_calls=tuple(
+                ToolCall(pieces[0].name or "", "".join(piece.arguments for piece in pieces))
+                for pieces in self.calls.values()
+            ),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as it was given and as token ids; text: None where it was not given as a text."""
+    """A prompt as it was given and as token ids; text: None where it was not given as a text.
+
+    may_call: whether it offers tools.
+    """
 
     text: str | None
     token_ids: tuple[int, ...]
+    may_call: bool = False
 
 
 def request_output(

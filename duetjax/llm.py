@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from enum import StrEnum
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Self, cast
@@ -34,8 +35,10 @@ from duetjax.config import (
     InvalidRequest,
     SamplingParams,
 )
+from duetjax.form import Form
 from duetjax.policy.request import NewRequest, StepOutputs
 from duetjax.policy.request import RequestOutput as EngineOutput
+from duetjax.text.answer import ReasoningStyle, ToolStyle
 from duetjax.text.tokenizer import Tokenizer
 
 type Prompt = str | Sequence[int]
@@ -49,7 +52,9 @@ class BaseLLM(ABC):
 
     model: a folder, preset name or hub id; None is the bundled demo. tokenizer: another folder to
     take the tokenizer from. chat_template: a file to use instead of the model's template.
-    load_format: "auto" or "dummy" (random weights). Everything else is a field of `EngineConfig`,
+    load_format: "auto" or "dummy" (random weights). reasoning_parser: "qwen3" or "deepseek_r1",
+    tool_call_parser: "hermes" or "llama3_json": how the model spells reasoning and tool calls,
+    which are then told apart from the text. Everything else is a field of `EngineConfig`,
     max_model_len also "auto" or -1, which is what fits, as if it were left out.
     Raises `DuetJAXError` with one line that says what to do.
     """
@@ -65,8 +70,12 @@ class BaseLLM(ABC):
         tokenizer: str | None = None,
         chat_template: Path | None = None,
         load_format: str = "auto",
+        reasoning_parser: str | None = None,
+        tool_call_parser: str | None = None,
         **engine: Any,
     ) -> None:
+        self._reasoning_style = _style(ReasoningStyle, "reasoning_parser", reasoning_parser)
+        self._tool_style = _style(ToolStyle, "tool_call_parser", tool_call_parser)
         names = [field.name for field in fields(EngineConfig)]
         if unknown := engine.keys() - set(names):
             raise ConfigError(
@@ -100,8 +109,22 @@ class BaseLLM(ABC):
             return EncodedPrompt(prompt, tuple(self._tokenizer().encode(prompt)))
         return EncodedPrompt(None, tuple(prompt))
 
-    def _encode_chat(self, messages: Sequence[Message]) -> EncodedPrompt:
-        return EncodedPrompt(None, tuple(self._tokenizer().encode_chat(messages)))
+    def _encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> EncodedPrompt:
+        ids = self._tokenizer().encode_chat(messages, tools=tools, template_kwargs=template_kwargs)
+        return EncodedPrompt(None, tuple(ids), may_call=bool(tools))
+
+    def _form(self, prompt: EncodedPrompt, params: SamplingParams) -> Form:
+        return self._model.form(
+            prompt.token_ids,
+            params,
+            reasoning=self._reasoning_style,
+            tools=self._tool_style if prompt.may_call else None,
+        )
 
     def _tokenizer(self) -> Tokenizer:
         if self._model.tokenizer is None:
@@ -147,11 +170,18 @@ class LLM(BaseLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, through the model's chat template."""
+        """Answers one conversation or a list of them, through the model's chat template.
+
+        tools: that the model may call, as in OpenAI's API; its calls are told apart from the text
+        with a tool_call_parser. chat_template_kwargs: further variables of the template.
+        """
         single = bool(messages) and isinstance(messages[0], Mapping)
         batch = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        return self._run([self._encode_chat(m) for m in batch], sampling_params, 0, use_tqdm)
+        encoded = [self._encode_chat(m, tools, chat_template_kwargs) for m in batch]
+        return self._run(encoded, sampling_params, 0, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -161,11 +191,17 @@ class LLM(BaseLLM):
         return self._stream(self._encode(prompt), sampling_params)
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> Iterator[Delta]:
-        """Answers one conversation piece by piece; dropping the iterator aborts it."""
+        """Answers one conversation piece by piece; dropping the iterator aborts it. See `chat`."""
         _check_single(sampling_params)
-        return self._stream(self._encode_chat(messages), sampling_params)
+        encoded = self._encode_chat(messages, tools, chat_template_kwargs)
+        return self._stream(encoded, sampling_params)
 
     def close(self) -> None:
         """Ends what is running and frees the engine; safe to call twice."""
@@ -191,8 +227,9 @@ class LLM(BaseLLM):
         groups: list[list[Completion]] = []
         with self._call() as call:
             for name, prompt, one, order in zip(ids, prompts, params, priorities, strict=True):
-                requests = self._model.new_requests(name, prompt.token_ids, one)
-                groups.append(call.submit(prioritised(requests, order), one))
+                form = self._form(prompt, one)
+                requests = self._model.new_requests(name, prompt.token_ids, one, form)
+                groups.append(call.submit(prioritised(requests, order), one, form))
             total = sum(map(len, groups))
             with tqdm(total=total, desc="generating", disable=not use_tqdm) as bar:
                 for completion, _ in call.deltas():
@@ -203,7 +240,9 @@ class LLM(BaseLLM):
         params = self._model.defaults if params is None else params
         with self._call() as call:
             name = f"llm-{next(self._numbers)}"
-            call.submit(self._model.new_requests(name, prompt.token_ids, params), params)
+            form = self._form(prompt, params)
+            requests = self._model.new_requests(name, prompt.token_ids, params, form)
+            call.submit(requests, params, form)
             for _, delta in call.deltas():
                 yield delta
 
@@ -236,11 +275,14 @@ class _Call:
             self._model.engine.abort(request_id)
             self._forget(request_id)
 
-    def submit(self, requests: Sequence[NewRequest], params: SamplingParams) -> list[Completion]:
+    def submit(
+        self, requests: Sequence[NewRequest], params: SamplingParams, form: Form
+    ) -> list[Completion]:
         """Starts the n completions of a prompt."""
         completions = []
         for new in requests:
-            completion = Completion.begin(self._model.tokenizer, params, time.perf_counter())
+            now = time.perf_counter()
+            completion = Completion.begin(self._model.tokenizer, params, now, form)
             self._live[new.id] = completion
             self._queues[new.id] = self._inbox
             self._model.engine.submit(new)
@@ -281,6 +323,12 @@ def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [cast(Prompt, prompts)]
     return cast(list[Prompt], list(prompts))
+
+
+def _style[S: StrEnum](kind: type[S], name: str, value: str | None) -> S | None:
+    if value is None or value in list(kind):
+        return None if value is None else kind(value)
+    raise ConfigError(f"{name} {short(value)}: give one of {', '.join(kind)}, or None")
 
 
 def _check_single(params: SamplingParams | None) -> None:

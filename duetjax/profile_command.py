@@ -81,6 +81,7 @@ def profile(request: ProfileRequest, engine: EngineConfig) -> ProfileReport:
     make_folder(request.out or Path())
     hardware = _hardware(engine)
     folder = request.out or Path(f"profile-{hardware.name}-{source.name.replace('/', '-')}")
+    make_folder(folder)
     _write(folder / HARDWARE_FILE, hardware.to_json())
     engine = replace(engine, hardware_profile=folder / HARDWARE_FILE)
     if engine.policy != PolicyName.STATIC_SPLIT:

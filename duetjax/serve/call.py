@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from duetjax.config import InvalidRequest, SamplingParams
 from duetjax.constrain.grammars import check_together
+from duetjax.form import PLAIN, Form
 from duetjax.policy.request import Constraint, NewRequest, TokenLogprob, new_requests
 from duetjax.serve.context import Service
 from duetjax.serve.errors import model_not_found
-from duetjax.serve.form import PLAIN, Form
 from duetjax.serve.objectives import Objectives
 from duetjax.serve.protocol import GenerationBody
 from duetjax.text.answer import CallDelta

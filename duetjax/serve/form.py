@@ -1,37 +1,16 @@
-"""What the answer to a request has to be, and how its text is taken apart."""
+"""What requests ask of the form of their answers, checked."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from duetjax.config import InvalidRequest
 from duetjax.constrain.grammars import json_grammar
-from duetjax.policy.request import Constraint, Reasoning
+from duetjax.form import PLAIN, TAIL_TOKENS, Form, form_of
+from duetjax.policy.request import Constraint
 from duetjax.serve.context import Service
 from duetjax.serve.formats import CallMode, ResponseFormat, ToolChoice
 from duetjax.serve.protocol import ChatBody
-from duetjax.text.answer import END_THINK, THINK, AnswerParser, begins_reasoning
 from duetjax.text.tool_grammar import tool_grammar
-
-_TAIL_TOKENS: Final = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What there is to know of an answer's form before it is there.
-
-    constraint: what its tokens are kept to. parser: makes what takes its text apart.
-    counts_reasoning: whether its reasoning is counted; reasoning_begun: the prompt opens it.
-    """
-
-    constraint: Constraint | None = None
-    parser: Callable[[], AnswerParser] | None = None
-    counts_reasoning: bool = False
-    reasoning_begun: bool = False
-
-
-PLAIN = Form()
 
 
 def completion_form(service: Service, wanted: ResponseFormat | None) -> Form:
@@ -64,23 +43,14 @@ def chat_form(service: Service, body: ChatBody, prompt: Sequence[int]) -> Form:
         )
     if calls:
         grammar = _call_grammar(service, body)
-    if style is None:
-        reasoning, begun = None, False
-    else:
-        end = service.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
-        begun = begins_reasoning(style, end)
-        is_closed = end.rstrip().endswith(END_THINK)
-        reasoning = Reasoning(THINK, END_THINK, begun, body.max_reasoning_tokens)
-        if is_closed or (grammar is None and body.max_reasoning_tokens is None):
-            reasoning = None
-    constraint = None
-    if grammar is not None or reasoning is not None:
-        constraint = Constraint(grammar, reasoning)
-    parser = None
-    if style is not None or calls:
-        tools = service.tool_style if calls else None
-        parser = partial(AnswerParser, reasoning=style, tools=tools, begins_reasoning=begun)
-    return Form(constraint, parser, counts_reasoning=style is not None, reasoning_begun=begun)
+    end = service.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+    return form_of(
+        end,
+        grammar=grammar,
+        reasoning=style,
+        tools=service.tool_style if calls else None,
+        max_reasoning_tokens=body.max_reasoning_tokens,
+    )
 
 
 def check_tools(service: Service, body: ChatBody) -> None:
@@ -112,9 +82,10 @@ def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None
 
 
 def _call_grammar(service: Service, body: ChatBody) -> str | None:
-    """Of an answer that must call; None where it may."""
-    choice = body.tool_choice
-    if choice is None or choice.mode is not CallMode.REQUIRED:
+    """Of an answer that must call, or may and then has to call strictly; None where it is free."""
+    choice = body.tool_choice or ToolChoice(CallMode.AUTO)
+    is_required = choice.mode is CallMode.REQUIRED
+    if not is_required and not any(tool.function.strict for tool in body.tools):
         return None
     assert service.tool_style is not None, "checked before"
     for tool in body.tools:
@@ -125,6 +96,7 @@ def _call_grammar(service: Service, body: ChatBody) -> str | None:
         [tool.as_template_value() for tool in body.tools],
         name=choice.name,
         parallel=body.parallel_tool_calls and choice.name is None,
+        may_answer=not is_required,
         tag_ids=service.tokenizer.added_ids,
     )
 

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any, Self
 
 from duetjax.engine import EngineDead
+from duetjax.form import Form
 from duetjax.policy.request import FinishReason, NewRequest, RequestOutput, TokenLogprob
 from duetjax.serve.admission import shutting_down
 from duetjax.serve.call import Call, Choice, Delta, ScoredToken
@@ -20,9 +21,9 @@ from duetjax.serve.errors import (
     non_finite_logits,
     not_running,
 )
-from duetjax.serve.form import Form
 from duetjax.serve.metrics import AbortCause
 from duetjax.serve.timings import Timings
+from duetjax.text.answer import followed
 from duetjax.text.reasoning_tokens import ReasoningTokens
 from duetjax.text.stream import TextDelta, TextStream
 from duetjax.text.tokenizer import Tokenizer
@@ -79,14 +80,12 @@ class _Progress:
         if self._parser is None:
             return delta
         parts, reason = self._parser.push(delta.text), delta.finish_reason
-        content, reasoning, calls = parts
         if reason is not None:
-            rest = self._parser.end()
-            content, reasoning = content + rest.content, reasoning + rest.reasoning
-            calls += rest.calls
+            parts = followed(parts, self._parser.end())
             if self._parser.num_calls and reason == FinishReason.STOP:
                 reason = "tool_calls"
-        return delta._replace(text=content, reasoning=reasoning, calls=calls, finish_reason=reason)
+        told = delta._replace(text=parts.content, finish_reason=reason)
+        return told._replace(reasoning=parts.reasoning, calls=parts.calls)
 
     def _scored(self, output: RequestOutput, delta: TextDelta) -> tuple[ScoredToken, ...]:
         self._scores.extend(zip(output.token_ids, output.logprobs, strict=True))

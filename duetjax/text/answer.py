@@ -72,6 +72,15 @@ class AnswerDelta(NamedTuple):
     calls: tuple[CallDelta, ...] = ()
 
 
+def followed(first: AnswerDelta, second: AnswerDelta) -> AnswerDelta:
+    """Both as one, in order."""
+    return AnswerDelta(
+        first.content + second.content,
+        first.reasoning + second.reasoning,
+        first.calls + second.calls,
+    )
+
+
 class AnswerParser:
     """Takes an answer's text apart, one instance for each completion, in linear time.
 

@@ -1,4 +1,4 @@
-"""Grammars of answers that are nothing but tool calls, in llguidance's dialect of Lark."""
+"""Grammars of answers that call tools, in llguidance's dialect of Lark."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from duetjax.config import InvalidRequest
-from duetjax.text.answer import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL, ToolStyle
+from duetjax.text.answer import END_TOOL_CALL, TOOL_CALL, ToolStyle
 
 # On one line, as chat templates show calls: with free space, a model can write nothing else for
 # ever.
@@ -20,7 +20,7 @@ def tool_grammar(
     *,
     name: str | None = None,
     parallel: bool,
-    reasoning_prefix: bool = False,
+    may_answer: bool = False,
     tag_ids: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """The grammar of one tool call, or with `parallel` of one or more; `AnswerParser` reads them.
@@ -28,7 +28,7 @@ def tool_grammar(
     tools: {"type": "function", "function": {"name", "parameters", "strict"}} as in OpenAI's API;
     arguments follow the JSON schema `parameters`, or are any object. Of a tool that is not strict,
     what llguidance knows no way to enforce is let pass. name: of the only tool to call.
-    reasoning_prefix: <think>...</think> may come first.
+    may_answer: the answer may also be a text, or with hermes a text and then calls.
 
     tag_ids: of the tokenizer's added tokens by text; others than tags are not looked at. llguidance
     takes those like <tool_call> for special, whatever the tokenizer calls them, and no text of a
@@ -42,15 +42,21 @@ def tool_grammar(
         raise InvalidRequest(f"tool_choice: no tool is called {name!r}", param="tool_choice")
     begin, key, end, separator = _frame(style, tag_ids)
     between = f" ({json.dumps(separator)} call)*" if parallel else ""
-    prefix = "reasoning? " if reasoning_prefix else ""
-    lines = [f"start: {prefix}{_NEWLINES} call{between}"]
-    lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
+    if not may_answer:
+        lines = [f"start: {_NEWLINES} call{between}"]
+    elif style is ToolStyle.LLAMA3_JSON:
+        lines = [f"start: {_NEWLINES} call{between} | TEXT", r"TEXT: /([^{\s](?s:.*))?/"]
+    elif TOOL_CALL in tag_ids:  # which no text can hold
+        lines = [f"start: TEXT (call{between})?", r"TEXT: /(?s:.*)/"]
+    else:
+        text, lead = rf"TEXT: /(?s:.*)/ & ~/(?s:.*){TOOL_CALL}(?s:.*)/", rf"/(?s:.*){TOOL_CALL}\n/"
+        lines = [f"start: TEXT | lead object{between}", text, f"lead[lazy]: {lead}"]
+    lines.append(f"call: {begin} object")
+    lines.append("object: " + " | ".join(f"object_{index}" for index in range(len(chosen))))
     for index, function in enumerate(chosen):
         head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": '
         arguments = f"{json.dumps(head)} %json {json.dumps(_schema(function))}"
-        lines.append(f'call_{index}: {begin} {arguments} "}}" {end}')
-    if reasoning_prefix:
-        lines += _reasoning(tag_ids)
+        lines.append(f'object_{index}: {arguments} "}}" {end}')
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}]})
 
 
@@ -76,17 +82,6 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
         )
     layout = {**_LAYOUT, "lenient": not function.get("strict")}
     return {**parameters, "type": "object", "x-guidance": layout}
-
-
-def _reasoning(tag_ids: Mapping[str, int]) -> list[str]:
-    """The rule for text between <think> and the first </think>."""
-    begin = _tag(THINK, tag_ids)
-    if END_THINK not in tag_ids:
-        return [f"reasoning: {begin} thought", r"thought[lazy]: /(?s:.*)<\/think>/"]
-    return [
-        f"reasoning: {begin} THOUGHT {_tag(END_THINK, tag_ids)}",
-        r"THOUGHT: /(?s:.*)/ & ~/(?s:.*)<\/think>(?s:.*)/",
-    ]
 
 
 def _tag(tag: str, tag_ids: Mapping[str, int]) -> str:

@@ -70,6 +70,7 @@ RULES = {
         ),
         theirs=("jax", "numpy"),
     ),
+    "duetjax.form": Rule(ours=("duetjax.policy.request", "duetjax.text")),
     "duetjax.constrain": Rule(
         ours=("duetjax.config", "duetjax.policy.request"), theirs=("llguidance", "numpy")
     ),
@@ -105,6 +106,7 @@ RULES = {
             "duetjax.constrain.grammars",
             "duetjax.engine",
             "duetjax.engine_process",
+            "duetjax.form",
             "duetjax.log_lines",
             "duetjax.planning",
             "duetjax.policy.request",
@@ -256,7 +258,13 @@ RULES = {
     ),
     # The engine's client takes and gives the plain values of policy.request.
     "duetjax.completion": Rule(
-        ours=("duetjax.config", "duetjax.engine", "duetjax.policy.request", "duetjax.text")
+        ours=(
+            "duetjax.config",
+            "duetjax.engine",
+            "duetjax.form",
+            "duetjax.policy.request",
+            "duetjax.text",
+        )
     ),
     "duetjax.async_llm": Rule(
         ours=(
@@ -264,6 +272,7 @@ RULES = {
             "duetjax.completion",
             "duetjax.config",
             "duetjax.llm",
+            "duetjax.form",
             "duetjax.policy.request",
         )
     ),
@@ -341,6 +350,7 @@ RULES = {
             "duetjax.completion",
             "duetjax.config",
             "duetjax.engine",
+            "duetjax.form",
             "duetjax.policy.request",
             "duetjax.text",
         ),
@@ -354,6 +364,7 @@ RULES = {
         ours=(
             "duetjax.config",
             "duetjax.constrain",
+            "duetjax.form",
             "duetjax.engine",
             "duetjax.log_lines",
             "duetjax.policy.completed_launch",

@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from duetjax.config import InvalidRequest
-from duetjax.text.answer import AnswerParser, ReasoningStyle, ToolStyle
+from duetjax.text.answer import AnswerParser, ToolStyle
 from duetjax.text.tokenizer import Tokenizer as ServedTokenizer
 from duetjax.text.tool_grammar import tool_grammar
 
@@ -221,14 +221,17 @@ def test_a_tool_without_parameters_takes_any_object(model, style):
 
 
 @EVERY_MODEL
-def test_reasoning_may_come_before_the_calls(model):
-    dice, grammar = Random(5), model.grammar(ToolStyle.HERMES, reasoning_prefix=True)
-    thoughts = ("Rome?", " ", "\n", "<", "</", "think", "</tool", '{"', "é")
-    for _ in range(15):
-        thought = "".join(dice.choices(thoughts, k=6))
-        text = model.walk(grammar, dice, f"<think>{thought}</think>")
-        reasoning, content, [_] = parts(text, ToolStyle.HERMES, ReasoningStyle.QWEN3)
-        assert (reasoning, content) == (thought.strip("\n"), ""), text
+@EVERY_STYLE
+def test_an_answer_may_be_a_text_where_calls_are_not_required(model, style):
+    grammar = model.grammar(style, may_answer=True)
+    rome = spelled(style, "weather", {"city": "Rome", "unit": "C"})
+    wrong = rome.replace('"C"', '"K"')
+    begins = style is ToolStyle.HERMES  # with a text before the calls
+    for text, allowed in (
+        ("", True), ("It rains.\n{}", True), (rome, True), (wrong, False),
+        (f"Let me look.\n{rome}", True), (f"Let me look.\n{wrong}", not begins),
+    ):  # fmt: skip
+        assert model.accepts(grammar, text) is allowed, text
 
 
 # --- what models write is allowed
@@ -260,18 +263,6 @@ def test_a_call_as_templates_show_it_is_allowed_token_by_token(model, style):
         rome[:-1],
     ):
         assert not model.accepts(many, wrong), wrong
-
-
-@EVERY_MODEL
-def test_reasoning_ends_at_the_first_end_tag(model):
-    grammar = model.grammar(ToolStyle.HERMES, reasoning_prefix=True)
-    call = spelled(ToolStyle.HERMES, "now", {})
-    assert model.accepts(grammar, call)
-    assert model.accepts(grammar, f"<think>\nTime? I say now().\n</think>\n\n{call}")
-    for end in ("</think>", "</th", "<"):  # also where it is spelled, not one token
-        rest = f"{'</think>'.removeprefix(end)} b</think>\n\n{call}"
-        assert not model.accepts(grammar, f"<think>a{end}", rest)
-    assert not model.accepts(model.grammar(ToolStyle.HERMES), f"<think>\na</think>\n{call}")
 
 
 @EVERY_MODEL
