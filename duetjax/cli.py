@@ -117,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how the model spells tool calls: hermes for Qwen, llama3_json for Llama 3",
     )
     serve.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="taken for vLLM's sake: --tool-call-parser is enough",
+    )
+    serve.add_argument(
         "--reasoning-parser",
         choices=("qwen3", "deepseek_r1"),
         help="how the model marks its reasoning",
