@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types check-native check-clients check-schema check-page check-device gpu-check gpu-all study report faults soak lock newest
+.PHONY: help setup demo test lint types check-native check-clients check-schema check-page check-docs check-trace check-device check-image check-ray gpu-check gpu-all study report faults soak lock newest
 
 VENV := $(if $(LATEST),build/latest,.venv)
 PY := $(VENV)/bin/python
@@ -49,6 +49,22 @@ check-schema: $(VENV)/.installed build/clients/schemathesis/.installed  ## schem
 check-page: $(VENV)/.installed build/clients/page/.installed  ## the page at / in headless Chromium; SHOTS=docs: take its pictures
 	SHOTS=$(SHOTS) $(PY) tests/clients/run.py page_client.py build/clients/page/bin/python
 
+check-trace: $(VENV)/.installed build/clients/trace/.installed  ## traces of servers, opened by Perfetto itself in headless Chromium
+	$(PY) tests/clients/run.py perfetto_client.py build/clients/trace/bin/python
+
+check-image:  ## do what deploy/Dockerfile does, in build/image: some GB of downloads; says how large it is. EXTRAS=triton
+	PATH="$$(dirname "$$(.ci/python)"):$$PATH" EXTRAS=$(EXTRAS) python3 tests/image_check.py build/image
+
+check-ray: build/clients/ray/.installed $(VENV)/.installed  ## two replicas behind Ray Serve, on this machine's processor, against a plain server
+	$(RAY_HERE) $(PY) tests/clients/run.py ray_client.py build/clients/ray/bin/python
+# On the loopback address, telling nobody, with a key that no file keeps; deploy for its replicas.
+RAY_HERE = RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 PYTHONPATH=$(CURDIR)/deploy \
+	RAY_AUTH_TOKEN=$$($(PY) -c 'import secrets; print(secrets.token_hex(32))')
+
+check-docs: $(VENV)/.installed-dev  ## every command of README and docs, run as far as this machine can; then check-page
+	$(PY) tests/docs/check_docs.py
+	@$(MAKE) --no-print-directory check-page
+
 gpu-check:  ## on a GPU: settle what only it can tell; BACKEND=fake|host: without one; PYTHON= chooses
 	$(PYTHON) benchmarks/gpu_check.py --backend $(BACKEND) --out benchmarks/results
 
@@ -77,13 +93,15 @@ REQUESTS ?= 1000000
 check-device: $(VENV)/.installed-dev  ## compile every program for GPUs that are absent, renew the table
 	$(PY) tests/cpu/device_table.py
 
-lock:  ## resolve both lock files anew, with jax at LOCKED_JAX
+lock:  ## resolve the lock files again, with jax at LOCKED_JAX; UPGRADE=1: with the newest packages
 	[[ -x build/lock/bin/uv ]] || \
 		{ python=$$(.ci/python) && "$$python" -m venv build/lock && build/lock/bin/pip install -q uv; }
 	$(RESOLVE) --constraint <(echo jax==$(LOCKED_JAX)) -o requirements.lock pyproject.toml
 	$(RESOLVE) --constraint requirements.lock \
 		--constraint <(printf '%s==$(LOCKED_JAX)\n' jax-cuda13-{plugin,pjrt}) --extra dev -o requirements-dev.lock pyproject.toml
-RESOLVE := build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.12 \
+	$(RESOLVE) --constraint requirements.lock --constraint requirements-dev.lock \
+		--extra cuda13 -o requirements-cuda13.lock pyproject.toml
+RESOLVE := build/lock/bin/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.12 \
 	--generate-hashes --no-annotate --custom-compile-command 'make lock'
 
 # Installing takes seconds with uv, a minute with pip; both take the same files by their hashes.
@@ -120,5 +138,14 @@ newest:
 build/clients/%/.installed: PY = build/clients/$*/bin/python
 build/clients/%/.installed: tests/clients/requirements-%.txt
 	python=$$(.ci/python) && rm -rf $(@D) && $(new_venv) $(@D)
+	$(install) -r $<
+	touch $@
+
+# Ray's replicas are servers, so theirs has what is locked for a server, and Ray.
+build/clients/ray/.installed: PY = build/clients/ray/bin/python
+build/clients/ray/.installed: tests/clients/requirements-ray.txt pyproject.toml requirements.lock
+	python=$$(.ci/python) && rm -rf $(@D) && $(new_venv) $(@D)
+	$(install) --no-deps --require-hashes -r requirements.lock
+	$(install) --no-deps -e .
 	$(install) -r $<
 	touch $@

@@ -25,12 +25,18 @@ _SMALL = (
     *("--max-prompt-characters", "200", "--max-body-bytes", "65536", "--max-messages", "4"),
     *("--max-prompts", "4", "--max-n", "2", "--max-choices", "6", "--max-stop-strings", "2"),
     *("--max-stop-characters", "8", "--max-stop-token-ids", "3", "--max-logit-bias", "4"),
-    *("--max-logprobs", "2", "--max-top-logprobs", "3"),
+    *("--max-logprobs", "2", "--max-top-logprobs", "3", "--max-tools", "3"),
+    *("--max-schema-bytes", "300", "--max-schema-depth", "8"),
 )  # limits that a generated request reaches
 SERVERS = {
-    "small": _SMALL,
+    "small": (*_SMALL, "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
     "strict": (*_SMALL, "--api-key", "open-sesame", "--strict-params"),
     "demo": ("--max-num-seqs", "16", "--max-num-batched-tokens", "128"),
+    "calling": (
+        *("--max-num-seqs", "4", "--max-num-batched-tokens", "128"),
+        *("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+        *("--chat-template", str(HERE / "calling.jinja")),
+    ),
     "locked": ("--device", "sim", "--sim-step-ms", "1/1", "--api-key", "open-sesame"),
     "narrow": (
         *("--device", "sim", "--sim-step-ms", "10/40"),
@@ -42,7 +48,7 @@ SERVERS = {
     ),
 }
 CLIENTS = {
-    "openai_client.py": ("demo", "locked", "narrow"),
+    "openai_client.py": ("demo", "calling", "locked", "narrow"),
     "aiperf_client.py": ("demo", "h200"),
     "schemathesis_client.py": ("small", "strict", "narrow"),
     "page_client.py": ("demo", "h200", "locked"),

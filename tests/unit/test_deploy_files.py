@@ -1,6 +1,8 @@
 """deploy/ and docs/operations.md name what there is: series, flags, routes, files."""
 
 import argparse
+import ast
+import importlib
 import json
 import re
 import shlex
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_engine import PATIENCE, wait_until
+from image_check import instructions
 from prometheus_client.parser import text_string_to_metric_families
 
 from duetjax.build import ModelRequest, load
@@ -200,14 +203,6 @@ def probe_paths():
     return {route.path for route in probes(None)}
 
 
-def instructions():
-    """(instruction, the rest) of each line of deploy/Dockerfile."""
-    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line]
-
-
 def the(name):
     """The one instruction of the last stage that has this name."""
     last = max(i for i, (each, _) in enumerate(instructions()) if each == "FROM")
@@ -233,7 +228,9 @@ def test_the_image_copies_what_exists_and_what_is_sent_to_the_builder():
 
 def test_the_image_has_all_that_the_wheel_is_built_from():
     sources = ["duetjax", "pallas_kernels", "launcher", "checkpoints/demo", "pyproject.toml"]
-    assert {*sources, "setup.py", "README.md", "LICENSE", "requirements.lock"} <= set(copied())
+    assert {*sources, "setup.py", "README.md", "LICENSE", "requirements-cuda13.lock"} <= set(
+        copied()
+    )
 
 
 def test_the_image_serves_as_nobody_special_on_the_port_that_it_exposes():
@@ -255,10 +252,28 @@ def test_the_image_asks_whether_it_lives():
     compile(command[-1], "HEALTHCHECK", "exec")
 
 
-def test_the_image_installs_an_extra_that_there_is():
-    [extras] = [rest.partition("=")[2] for name, rest in instructions() if name == "ARG"]
+def test_the_image_installs_what_is_locked_with_cuda_by_hash():
+    [command] = [rest.split() for name, rest in instructions() if name == "RUN" and " -r " in rest]
+    assert {"--no-deps", "--require-hashes"} < set(command)
+    assert command[-1] in copied()
+
+
+def test_the_image_may_have_an_extra_that_there_is():
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    [extra] = re.findall(r"EXTRAS=(\w+)", text)
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f"\n{extras} = [" in project.partition("[project.optional-dependencies]")[2]
+    assert f"\n{extra} = [" in project.partition("[project.optional-dependencies]")[2]
+    assert f"--build-arg EXTRAS={extra}" in PAGE
+
+
+def test_the_example_for_ray_imports_what_there_is():
+    tree = ast.parse((DEPLOY / "ray_serve.py").read_text(encoding="utf-8"))
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in froms if node.module.startswith("duetjax")]
+    assert ours
+    for node in ours:
+        module = importlib.import_module(node.module)
+        assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 def unit():

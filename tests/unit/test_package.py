@@ -16,7 +16,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 TRITON = [Requirement(line) for line in PROJECT["optional-dependencies"]["triton"]]
+CUDA13 = [Requirement(line) for line in PROJECT["optional-dependencies"]["cuda13"]]
 RUN, DEV = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
+CUDA = ROOT / "requirements-cuda13.lock"
 
 # Imported under their own name, but part of a declared package's own interface.
 PART_OF = {"pydantic-core": "pydantic", "ml-dtypes": "jax"}
@@ -58,7 +60,7 @@ def test_the_declared_dependencies_are_the_packages_that_the_source_imports() ->
     assert {canonicalize_name(r.name) for r in declared} == imported_packages()
 
 
-@pytest.mark.parametrize("lock", [RUN, DEV], ids=lambda lock: lock.name)
+@pytest.mark.parametrize("lock", [RUN, DEV, CUDA], ids=lambda lock: lock.name)
 def test_a_lock_names_exact_versions_and_hashes_and_no_place_to_fetch_them_from(lock: Path) -> None:
     for line in requirement_lines(lock):
         assert re.match(r"[a-z0-9-]+==[^ ;*]+ .*--hash=sha256:[0-9a-f]{64}", line), line
@@ -74,8 +76,21 @@ def test_the_development_lock_adds_to_the_run_time_lock_and_changes_nothing() ->
     assert pins(RUN).items() < pins(DEV).items()
 
 
+def test_the_lock_with_cuda_adds_to_the_run_time_lock_and_has_the_compilers_of_development() -> (
+    None
+):
+    cuda, dev = pins(CUDA), pins(DEV)
+    assert pins(RUN).items() < cuda.items()
+    assert cuda["jax-cuda13-plugin"] == cuda["jax-cuda13-pjrt"] == cuda["jax"]
+    both = cuda.keys() & dev.keys()
+    assert {"nvidia-cuda-nvcc", "nvidia-nvvm"} < both
+    assert {name: cuda[name] for name in both} == {name: dev[name] for name in both}
+
+
 @pytest.mark.parametrize(
-    ("lock", "declared"), [(RUN, DEPENDENCIES), (DEV, DEVELOPMENT)], ids=["run", "dev"]
+    ("lock", "declared"),
+    [(RUN, DEPENDENCIES), (DEV, DEVELOPMENT), (CUDA, CUDA13)],
+    ids=["run", "dev", "cuda13"],
 )
 def test_a_lock_satisfies_what_pyproject_declares(lock: Path, declared: list[Requirement]) -> None:
     locked = pins(lock)
