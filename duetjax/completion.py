@@ -50,7 +50,7 @@ class CompletionOutput:
 
     finish_reason: None while it goes on; then "stop" or "length"; "abort" if it was aborted or the
     LLM was closed meanwhile; "error" if the model computed NaN or infinity for this completion,
-    which then is what came before that.
+    "constraint" if it could not go on under its grammar; then it is what came before that.
     logprobs: one for each of token_ids; None where the parameters do not ask for them. Token ids
     and logprobs include a token or string that ended the completion, text does not. Both are told
     as they are sampled, and may be ahead of the text of a completion that goes on.

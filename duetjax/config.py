@@ -528,6 +528,14 @@ class StructuredOutputsParams:
                 " json_object, regex, choice and grammar",
                 param="structured_outputs",
             )
+        is_schema = self.json is None or isinstance(self.json, Mapping | str)
+        _check(is_schema, "structured_outputs.json", "a JSON schema or its text", self.json)
+        for name in ("regex", "grammar"):
+            text = getattr(self, name)
+            fits = text is None or isinstance(text, str)
+            _check(fits, f"structured_outputs.{name}", "a text", text)
+        is_flag = isinstance(self.json_object, bool)
+        _check(is_flag, "structured_outputs.json_object", "True or False", self.json_object)
         choice = self.choice
         is_list = isinstance(choice, list | tuple) and all(isinstance(c, str) for c in choice)
         fits = choice is None or (is_list and len(choice) > 0)
@@ -588,6 +596,9 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         self._check_choice()
         self._check_length()
+        wanted = self.structured_outputs
+        fits = wanted is None or isinstance(wanted, StructuredOutputsParams)
+        _check(fits, "structured_outputs", "StructuredOutputsParams or None", wanted)
         _check(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
         _check(
             all(type(t) is int and t >= 0 for t in ids),

@@ -11,8 +11,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import count
 from typing import Protocol
 
 from duetjax.config import MAX_STOP_IDS, DuetJAXError, InvalidRequest
@@ -47,6 +48,7 @@ class _Abort:
 _PERMIT_SECONDS = 1e-3
 
 type _Item = NewRequest | _Abort | Permit | FinishedStep | BaseException
+type _Word = Permit | BaseException | None
 type CompletedLaunches = tuple[CompletedLaunch, ...]
 type LaunchWatcher = Callable[[CompletedLaunches], None]
 
@@ -61,6 +63,8 @@ class Engine(Protocol):
     def limits(self) -> SchedulerLimits: ...  # noqa: D102
     @property
     def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def constrains(self) -> bool: ...  # noqa: D102
     @property
     def rung(self) -> str: ...  # noqa: D102
     @property
@@ -86,15 +90,18 @@ class Engine(Protocol):
 class Permits(Protocol):
     """Says what constrained requests may sample; called by the engine's thread, never waits."""
 
-    def start(self, deliver: Callable[[Permit | None], None]) -> None:
-        """Begins: `deliver` gets what comes of each call below, in order, from another thread."""
+    def start(self, deliver: Callable[[_Word], None]) -> None:
+        """Begins: `deliver` gets what comes of the calls below, from other threads.
+
+        In order of the calls for each request. An exception: nothing more will come.
+        """
 
     @property
     def is_idle(self) -> bool:
-        """Whether everything asked for has been delivered, or is about to be."""
+        """Whether there is nothing that will be delivered in a moment."""
 
     def begin(self, request_id: str, constraint: Constraint) -> None:
-        """A new request: its first permit, or the error that there is none."""
+        """A new request: its first permit, or the error that there is none; may take long."""
 
     def sampled(self, request_id: str, token: int | None) -> None:
         """A request has sampled a token: the next permit where it needs one.
@@ -135,8 +142,11 @@ class EngineClient:
         self._rung = rung
         self._permits = permits
         # On the engine thread: those that are live, and of them those not yet to be planned.
-        self._constrained: set[str] = set()
+        # They go by another id to who issues permits: an id may be used again before he knows.
+        self._constrained: dict[str, str] = {}
         self._unpermitted: dict[str, NewRequest] = {}
+        self._permit_numbers = count()
+        self._permitted_at = 0.0  # when the last permit came, or was asked for behind none
         # After start(), touched by the engine thread alone, but for its `launch_counts`.
         self._scheduler = scheduler
         self.limits = scheduler.limits
@@ -195,8 +205,7 @@ class EngineClient:
         after a failure or shutdown; then it gets no output.
         """
         check_request(new, self.limits, self.vocab_size)
-        if new.constraint is not None and self._permits is None:
-            raise InvalidRequest("this engine has no tokenizer to constrain an answer by")
+        check_constraint(new, self.constrains)
         with self._wakeup:
             if self._phase is not _Phase.RUNNING:
                 assert self._phase is not _Phase.NEW, "start() the engine before submitting to it"
@@ -243,6 +252,11 @@ class EngineClient:
     def rung(self) -> str:
         """In a word, how launches run."""
         return self._rung
+
+    @property
+    def constrains(self) -> bool:
+        """Whether requests may be constrained: by a tokenizer, and an id that ends answers."""
+        return self._permits is not None
 
     @property
     def num_slots(self) -> int:
@@ -314,11 +328,11 @@ class EngineClient:
             self._inbox.append(item)
             self._wakeup.notify()
 
-    def _deliver_permit(self, permit: Permit | None) -> None:
-        """On the thread that issues them."""
+    def _deliver_permit(self, word: _Word) -> None:
+        """On a thread that issues them."""
         with self._wakeup:
-            if permit is not None:
-                self._inbox.append(permit)
+            if word is not None:
+                self._inbox.append(word)
             self._wakeup.notify()
 
     # What follows runs on the engine thread.
@@ -353,6 +367,7 @@ class EngineClient:
             launches: tuple[Launch, ...] = ()
             if self._phase is _Phase.RUNNING:
                 launches = self._scheduler.plan(self._clock())
+                self._tell_permits(())  # who begins anew is found by planning
             for launch in launches:
                 self._waits.begun(launch, self._clock())  # submitting may take as long as it does
                 executor.submit(launch)
@@ -361,7 +376,9 @@ class EngineClient:
                 self._publish(batch)
             if self._completed:
                 self._tell_watchers()
-            self._waits.round_ended(self._clock(), has_requests=bool(self._live))
+            self._waits.round_ended(
+                self._clock(), has_requests=bool(self._live), permits=self._awaited_permits()
+            )
         self._waits.round_began(self._clock())  # a last one, to close
 
     def _next_inbox(self) -> list[_Item] | None:
@@ -403,42 +420,60 @@ class EngineClient:
                 item.id, unless_begun=item.unless_begun
             ):
                 outputs.append(_ended(item.id, FinishReason.ABORT))
-        if self._permits is not None:
-            self._tell_permits(self._permits, outputs)
+        self._tell_permits(outputs)
         return outputs
+
+    def _awaited_permits(self) -> float | None:
+        """Since when the next one is waited for, if one is."""
+        awaits = self._unpermitted or self._scheduler.awaits_permits
+        return self._permitted_at if awaits else None
 
     def _add(self, new: NewRequest) -> None:
         if new.constraint is None:
             self._scheduler.add(new, self._clock())
         else:
             assert self._permits is not None, "a constrained request got past submit()"
+            self._ask(self._permits)
             self._unpermitted[new.id] = new
-            self._constrained.add(new.id)
-            self._permits.begin(new.id, new.constraint)
+            name = f"{new.id} {next(self._permit_numbers)}"
+            self._constrained[new.id] = name
+            self._permits.begin(name, new.constraint)
 
     def _permit(self, permit: Permit) -> list[StepOutputs]:
-        new = self._unpermitted.pop(permit.id, None)
+        self._permitted_at = self._clock()
+        request_id = permit.id.rpartition(" ")[0]
+        if self._constrained.get(request_id) != permit.id:
+            return []  # it has ended
+        new = self._unpermitted.pop(request_id, None)
         if permit.error:
-            if new is None and not self._scheduler.abort(permit.id):
-                return []  # it has ended
-            _log.warning("request %s cannot go on: %s", permit.id, permit.error)
-            return [_ended(permit.id, FinishReason.ERROR)]
+            if new is None:
+                self._scheduler.abort(request_id)
+            _log.warning("request %s cannot go on: %s", request_id, permit.error)
+            return [_ended(request_id, FinishReason.CONSTRAINT)]
+        own = replace(permit, id=request_id)
         if new is None:
-            self._scheduler.permit(permit)
+            self._scheduler.permit(own)
         else:
-            self._scheduler.add(new, self._clock(), permit)
+            self._scheduler.add(new, self._clock(), own)
         return []
 
-    def _tell_permits(self, permits: Permits, outputs: Iterable[StepOutputs]) -> None:
+    def _ask(self, permits: Permits) -> None:
+        """Something is about to be asked for; what is asked for already has waited for longer."""
+        if permits.is_idle and not self._unpermitted:
+            self._permitted_at = self._clock()
+
+    def _tell_permits(self, outputs: Iterable[StepOutputs]) -> None:
         """What constrained requests have sampled, and which have ended."""
+        permits = self._permits
+        if permits is None or not self._constrained:
+            return
         for request_id, token in self._scheduler.take_sampled():
-            permits.sampled(request_id, token)
-        if self._constrained:
-            for batch in outputs:
-                for request_id, _ in batch.finished:
-                    if request_id in self._constrained:
-                        self._constrained.discard(request_id)
-                        permits.end(request_id)
+            self._ask(permits)
+            permits.sampled(self._constrained[request_id], token)
+        for batch in outputs:
+            for request_id, _ in batch.finished:
+                if (name := self._constrained.pop(request_id, None)) is not None:
+                    permits.end(name)
 
     def _publish(self, outputs: StepOutputs) -> None:
         """Hands on a step's outputs; the finished ones' ids are free from here on."""
@@ -502,6 +537,16 @@ def why_not_running(failure: BaseException | None) -> str:
     if failure is None:
         return "the engine has been shut down; start it again"
     return f"the engine has failed ({failure!r}); see its log, then start it again"
+
+
+def check_constraint(new: NewRequest, constrains: bool) -> None:
+    """Raises `InvalidRequest` for a constrained request to an engine that cannot have any."""
+    if new.constraint is not None and not constrains:
+        raise InvalidRequest(
+            "this model has no tokenizer, or no end-of-sequence id, to keep an answer to a grammar"
+            " or a budget by",
+            code="unsupported_parameter",
+        )
 
 
 def check_request(new: NewRequest, limits: SchedulerLimits, vocab_size: int) -> None:

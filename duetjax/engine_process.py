@@ -15,7 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from duetjax.config import DuetJAXError, EngineConfig, InvalidRequest
-from duetjax.engine import EngineDead, LaunchWatcher, check_request, why_not_running
+from duetjax.engine import (
+    EngineDead,
+    LaunchWatcher,
+    check_constraint,
+    check_request,
+    why_not_running,
+)
 from duetjax.log_lines import LogFormat
 from duetjax.policy.launch_counts import LaunchCounts
 from duetjax.policy.limits import SchedulerLimits
@@ -57,6 +63,7 @@ class EngineProcess:
     limits: SchedulerLimits
     vocab_size: int
     rung: str
+    constrains: bool
     max_model_len: int
     notice: str
 
@@ -101,7 +108,7 @@ class EngineProcess:
         """Returns once the model is loaded; raises `DuetJAXError` if it cannot be, then `kill`."""
         what, *values = next(self._messages, ("gone",))
         if what == "ready":
-            limits, self.vocab_size, self.rung, *values = values
+            limits, self.vocab_size, self.rung, self.constrains, *values = values
             self.max_model_len, self.notice, stats, counts, self._num_compilations = values
             self.limits = SchedulerLimits(*limits)
             self._stats = Stats(*stats)
@@ -134,6 +141,7 @@ class EngineProcess:
     def submit(self, new: NewRequest) -> None:
         """See `EngineClient.submit`."""
         check_request(new, self.limits, self.vocab_size)
+        check_constraint(new, self.constrains)
         values = plain(new)
         with self._lock:
             if not self._is_running:

@@ -21,7 +21,6 @@ from typing import Any
 from duetjax import build
 from duetjax.build import LoadedModel, ModelRequest
 from duetjax.config import DuetJAXError, EngineConfig
-from duetjax.engine import EngineDead
 from duetjax.log_lines import LogFormat, log_to_stderr
 from duetjax.policy.request import FinishReason, StepOutputs
 from duetjax.wire import Channel, new_request, plain, plain_counts, plain_outputs
@@ -76,6 +75,7 @@ class _Worker:
             plain(client.limits),
             client.vocab_size,
             plain(client.rung),
+            client.constrains,
             model.max_model_len,
             model.notice,
             plain(client.stats()),
@@ -112,7 +112,7 @@ class _Worker:
         new = new_request(values)
         try:
             self._client.submit(new)
-        except EngineDead:
+        except DuetJAXError:  # the server's process has looked at it, so that hardly happens
             self._on_outputs(StepOutputs(finished=((new.id, FinishReason.ERROR),)))
 
     def _on_outputs(self, outputs: StepOutputs) -> None:

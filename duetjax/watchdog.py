@@ -15,6 +15,7 @@ _STEPS = 20  # a step may take so many times what was foretold
 _WILDEST = 10  # times the watchdog's own seconds, beyond which nobody is believed
 _THREAD = "the engine's own thread"
 _PLAN = "a launch for the requests that wait"
+_PERMIT = "what an answer under a grammar may go on with"
 
 
 class EngineStalled(DuetJAXError):
@@ -44,10 +45,16 @@ class Waits:
         """The engine's thread is at work."""
         self._put(Wait(_THREAD, now))
 
-    def round_ended(self, now: float, *, has_requests: bool) -> None:
-        """It sleeps until something happens; with requests, that must be a step."""
-        waits = {what: wait for what, wait in self.current.items() if what not in (_THREAD, _PLAN)}
-        if has_requests and not any(self._launches.values()):
+    def round_ended(self, now: float, *, has_requests: bool, permits: float | None = None) -> None:
+        """It sleeps until something happens; with requests, that must be a step.
+
+        permits: since when it waits for what an answer may go on with, which is as good.
+        """
+        over = (_THREAD, _PLAN, _PERMIT)
+        waits = {what: wait for what, wait in self.current.items() if what not in over}
+        if permits is not None:
+            waits[_PERMIT] = Wait(_PERMIT, permits)
+        elif has_requests and not any(self._launches.values()):
             waits[_PLAN] = self.current.get(_PLAN) or Wait(_PLAN, now)
         self.current = waits
 

@@ -11,11 +11,12 @@ from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from duetjax.config import InvalidRequest
+from duetjax.config import DuetJAXError, InvalidRequest
 
 _log = logging.getLogger(__name__)
 
-_SECONDS: Final = 0.5
+_SECONDS: Final = 0.4  # twice and a new child between: an answer within a second
+_PLACES: Final = 3  # threads of a server's that may be here at a time
 _START_SECONDS: Final = 10.0
 _MEMORY_BYTES: Final = 1 << 30
 _REMEMBERED: Final = 256
@@ -27,28 +28,31 @@ answer_all()
 """
 
 
+class CheckerBusy(DuetJAXError):
+    """Too many grammars are being compiled; the same request may be sent again."""
+
+
 class GrammarChecker:
     """Says whether a grammar can be used; `check` may be called from several threads.
 
-    One child process compiles, one grammar at a time. A grammar that takes longer than half a
-    second, or ends the child, is refused, and another child takes over.
+    One child process compiles, one grammar at a time, and few may wait for it. A grammar that
+    takes longer than half a second, or ends the child, twice, is refused; another child takes over.
     """
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
-        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(_PLACES)
+        self._lock = threading.Lock()  # of the child
         self._child: _Child | None = None
+        self._known = threading.Lock()  # of what follows, for moments
         self._faults: OrderedDict[str, str] = OrderedDict()  # by grammar; the oldest first
 
     def check(self, grammar: str, param: str) -> None:
-        """Raises `InvalidRequest` for a grammar that cannot be used."""
-        with self._lock:
-            known = self._faults.get(grammar)
-            fault = self._ask(grammar) if known is None else known
-            self._faults[grammar] = fault
-            self._faults.move_to_end(grammar)
-            if len(self._faults) > _REMEMBERED:
-                self._faults.popitem(last=False)
+        """Raises `InvalidRequest` for a grammar that cannot be used, or `CheckerBusy`."""
+        with self._known:
+            fault = self._faults.get(grammar)
+        if fault is None:
+            fault = self._ask(grammar)
         if fault:
             raise InvalidRequest(f"the schema cannot be used: {fault}", param=param)
 
@@ -58,13 +62,29 @@ class GrammarChecker:
             self._drop()
 
     def _ask(self, grammar: str) -> str:
-        child = self._child = self._child or _Child()
-        answer = child.ask(grammar, self._seconds)
-        if answer is None:
-            _log.warning("a grammar of %d bytes was too much to compile", len(grammar))
-            self._drop()
-            return "it takes too long to compile; make it simpler"
-        return answer
+        if not self._places.acquire(blocking=False):
+            raise CheckerBusy("too many schemas are being compiled; send it again later")
+        try:
+            for _ in range(2):  # whatever else the machine was at may have made it slow
+                with self._lock:
+                    child = self._child = self._child or _Child()
+                    answer = child.ask(grammar, self._seconds)
+                    if answer is None:
+                        self._drop()
+                if answer is not None:
+                    self._remember(grammar, answer)
+                    return answer
+        finally:
+            self._places.release()
+        _log.warning("a grammar of %d bytes was too much to compile", len(grammar))
+        return "it takes too long to compile; make it simpler"
+
+    def _remember(self, grammar: str, fault: str) -> None:
+        with self._known:
+            self._faults[grammar] = fault
+            self._faults.move_to_end(grammar)
+            if len(self._faults) > _REMEMBERED:
+                self._faults.popitem(last=False)
 
     def _drop(self) -> None:
         if self._child is not None:

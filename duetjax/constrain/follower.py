@@ -1,6 +1,7 @@
 """One constrained answer: follows its tokens and says which may come next."""
 
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -8,10 +9,12 @@ from enum import Enum, auto
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from duetjax.constrain.grammars import LIMITS
+from duetjax.constrain.grammars import LIMITS, one_line
 from duetjax.policy.request import Constraint, Permit
 
 _ANY = b""
+_REMEMBERED = 32
+_OPENING_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,18 @@ class Vocabulary:
         words = np.full(-(-self.size // 32), 0xFFFFFFFF, "<u4")
         for token in tokens:
             words[token // 32] &= ~np.uint32(1 << token % 32)
-        return words.tobytes()
+        return self._cut(words)
 
     def mask(self, matcher: LLMatcher) -> bytes:
-        """What a matcher allows; it counts one id more than there are."""
-        return bytes(matcher.compute_bitmask()[: 4 * -(-self.size // 32)])
+        """What a matcher allows."""
+        return self._cut(np.frombuffer(matcher.compute_bitmask(), "<u4"))
+
+    def _cut(self, words: np.ndarray) -> bytes:
+        """To the ids that can be sampled; llguidance counts one more than there are."""
+        words = words[: -(-self.size // 32)].copy()
+        if self.size % 32:
+            words[-1] &= np.uint32((1 << self.size % 32) - 1)
+        return words.tobytes()
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, special ones where it spells them."""
@@ -48,8 +58,36 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer_json: str, size: int, eos_token_ids: list[int]) -> Vocabulary:
-    """Of a tokenizer.json's text; takes a second for a large one."""
-    return Vocabulary(LLTokenizer(tokenizer_json, n_vocab=size, eos_token=eos_token_ids), size)
+    """Of a tokenizer.json's text; takes a second for a large one.
+
+    size: of the logits; a tokenizer may know more ids, which nothing can sample, or fewer.
+    """
+    own = LLTokenizer(tokenizer_json, eos_token=eos_token_ids)
+    if own.vocab_size < size:
+        own = LLTokenizer(tokenizer_json, n_vocab=size, eos_token=eos_token_ids)
+    return Vocabulary(own, size)
+
+
+class Compiled:
+    """A vocabulary, and the grammars last compiled for it; for one thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()  # the oldest first
+
+    def matcher(self, grammar: str | None) -> LLMatcher | None:
+        """A new one of a grammar; raises ValueError where it cannot be compiled."""
+        if grammar is None:
+            return None
+        found = self._matchers.pop(grammar, None)
+        if found is None:
+            found = LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS)
+            if found.is_error():
+                raise ValueError(one_line(found.get_error()))
+        self._matchers[grammar] = found
+        if len(self._matchers) > _REMEMBERED:
+            self._matchers.popitem(last=False)
+        return found.deep_copy()
 
 
 class _Part(Enum):
@@ -68,9 +106,16 @@ class Follower:
     that does not begin in its reasoning is made to, and none ends there.
     """
 
-    def __init__(self, request_id: str, constraint: Constraint, vocabulary: Vocabulary) -> None:
-        self._id = request_id
-        self._grammar = constraint.grammar
+    def __init__(
+        self,
+        request_id: str,
+        constraint: Constraint,
+        vocabulary: Vocabulary,
+        matcher: LLMatcher | None = None,
+    ) -> None:
+        """matcher: a new one of the constraint's grammar, if that has been compiled before."""
+        self.id = request_id
+        self._first = matcher or Compiled(vocabulary).matcher(constraint.grammar)
         self._reasoning = constraint.reasoning
         self._vocabulary = vocabulary
         self._ends = vocabulary.tokenizer.eos_tokens
@@ -78,16 +123,13 @@ class Follower:
     def begin(self) -> Permit:
         """What may come first."""
         self._num_tokens = 0
-        self._asked_at = 0  # from so many tokens on, what comes next has not been said
-        self._matcher: LLMatcher | None = None
+        self._asked_at = 0.0  # from so many tokens on, what comes next has not been said
+        self._matcher = None if self._first is None else self._first.deep_copy()
         self._forced = deque[int]()
         self._text = bytearray()  # of the reasoning
         self._searched = 0
         self._budget: int | None = None
         self._part = _Part.ANSWER
-        if self._grammar is not None:
-            tokenizer = self._vocabulary.tokenizer
-            self._matcher = LLMatcher(tokenizer, self._grammar, log_level=0, limits=LIMITS)
         if self._reasoning is not None:
             self._part = _Part.REASONING
             self._budget = self._reasoning.max_tokens
@@ -95,7 +137,7 @@ class Follower:
                 begin = self._vocabulary.ids(self._reasoning.begin)
                 if self._budget is not None:
                     self._budget += len(begin)
-                if self._grammar is not None or self._reasoning.max_tokens == 0:
+                if self._matcher is not None or self._reasoning.max_tokens == 0:
                     self._force(begin)
         return self._permit()
 
@@ -118,8 +160,11 @@ class Follower:
             self._part = _Part.ANSWER
         if self._part is _Part.REASONING:
             left = None if self._budget is None else self._budget - self._num_tokens
+            if left == 0 and not self._has_begun():
+                self._part = _Part.ANSWER
+                return self._permit()
             if left is None or left > 0:
-                if self._grammar is None:
+                if self._matcher is None:
                     return self._say(_ANY, left)
                 return self._say(self._vocabulary.all_but(self._ends), 1)
             assert self._reasoning is not None
@@ -130,13 +175,12 @@ class Follower:
             return self._say(_ANY, None)
         mask = self._vocabulary.mask(self._matcher)
         if self._matcher.is_error():
-            return Permit(self._id, self._num_tokens, error=self._matcher.get_error())
+            return Permit(self.id, self._num_tokens, error=one_line(self._matcher.get_error()))
         return self._say(mask, 1)
 
     def _say(self, mask: bytes, steps: int | None) -> Permit:
-        if steps is not None:
-            self._asked_at = self._num_tokens + steps
-        return Permit(self._id, self._num_tokens, mask, steps)
+        self._asked_at = math.inf if steps is None else self._num_tokens + steps
+        return Permit(self.id, self._num_tokens, mask, steps)
 
     def _force(self, tokens: list[int]) -> None:
         self._part = _Part.FORCED
@@ -148,11 +192,9 @@ class Follower:
         What a token has behind the end already belongs to the answer.
         """
         assert self._reasoning is not None
-        begin, end = self._reasoning.begin.encode(), self._reasoning.end.encode()
-        if not self._reasoning.has_begun:
-            opening = bytes(self._text[: 4 * len(begin)]).lstrip()
-            if not (opening.startswith(begin) or begin.startswith(opening)):
-                return True
+        end = self._reasoning.end.encode()
+        if not (self._has_begun() or self._reasoning.begin.startswith(self._opening())):
+            return True
         at = self._text.find(end, max(0, self._searched - len(end)))
         self._searched = len(self._text)
         if at < 0:
@@ -161,3 +203,12 @@ class Follower:
         if self._matcher is not None and rest:
             self._matcher.consume_tokens(self._vocabulary.tokenizer.tokenize_bytes(rest))
         return True
+
+    def _has_begun(self) -> bool:
+        """Whether this is reasoning, and not only what may yet become one."""
+        assert self._reasoning is not None
+        return self._reasoning.has_begun or self._opening().startswith(self._reasoning.begin)
+
+    def _opening(self) -> str:
+        """The answer's first characters, without the whitespace before them."""
+        return self._text[:_OPENING_BYTES].decode(errors="ignore").lstrip()

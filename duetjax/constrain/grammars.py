@@ -6,9 +6,12 @@ depth and work, and a regular expression in it is matched by derivatives, withou
 
 import functools
 import json
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from duetjax.config import InvalidRequest, SamplingParams, StructuredOutputsParams
@@ -22,7 +25,10 @@ LIMITS: Final = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""Of work and size, at most some 20 ms to compile and some 10 ms for each token."""
+"""Of work and size: some 20 ms to compile and 10 ms for a token, but for `multipleOf`, which they
+do not count: its automaton has a state for each remainder."""
+_LARGEST_DIVISOR: Final = 1000
+_LOOKED_AT: Final = 8  # tokens of an answer, before it is asked for
 _MOST_BYTES: Final = 1 << 20
 _MOST_DEPTH: Final = 200
 """Of schemas that a program brings, which is no stranger."""
@@ -34,20 +40,15 @@ _LAYOUT: Final["JsonCompileOptions"] = {
 """On one line, as Python writes it: with free space, a model can write nothing else for ever."""
 
 
-def json_grammar(
-    schema: Mapping[str, Any] | bool,
-    *,
-    max_bytes: int,
-    max_depth: int,
-    param: str,
-    lenient: bool = False,
-) -> str:
-    """The grammar of the JSON texts that are valid against a schema.
-
-    lenient: keywords that cannot be enforced are passed over. Raises `InvalidRequest` for a schema
-    beyond the bounds; all else that may be wrong with it is found by `fault`.
-    """
-    if _depth(schema, max_depth) > max_depth:
+def check_schema(schema: object, max_bytes: int, max_depth: int, param: str) -> None:
+    """Raises `InvalidRequest` for a JSON schema beyond the bounds, before anything compiles it."""
+    depth, divisor = _measured(schema, max_depth)
+    if divisor > _LARGEST_DIVISOR:
+        raise InvalidRequest(
+            f"the schema has multipleOf {divisor:g}; at most {_LARGEST_DIVISOR} is accepted",
+            param=param,
+        )
+    if depth > max_depth:
         raise InvalidRequest(
             f"the schema is nested more than {max_depth} deep; make it flatter",
             param=param,
@@ -63,23 +64,32 @@ def json_grammar(
             param=param,
             reason="max_schema_bytes",
         )
-    wanted: Any = schema if isinstance(schema, Mapping) else json.dumps(schema)
-    return LLMatcher.grammar_from_json_schema(wanted, overrides={**_LAYOUT, "lenient": lenient})
+
+
+def json_grammar(
+    schema: Mapping[str, Any] | bool, *, max_bytes: int, max_depth: int, param: str
+) -> str:
+    """The grammar of the JSON texts that are valid against a schema.
+
+    Raises what `check_schema` does; all else that may be wrong with it is found by `fault`.
+    """
+    check_schema(schema, max_bytes, max_depth, param)
+    wanted: Any = json.dumps(schema)
+    if isinstance(schema, Mapping):  # whose own word on the compiler's options is not asked for
+        wanted = {name: value for name, value in schema.items() if name != "x-guidance"}
+    return LLMatcher.grammar_from_json_schema(wanted, overrides=_LAYOUT)
 
 
 def grammar_of(wanted: StructuredOutputsParams) -> str:
     """The grammar of what a program asks for; raises `InvalidRequest` if it cannot be used."""
     if wanted.json is not None or wanted.json_object:
-        grammar = json_grammar(
-            {"type": "object"} if wanted.json is None else _parsed(wanted.json),
-            max_bytes=_MOST_BYTES,
-            max_depth=_MOST_DEPTH,
-            param="structured_outputs",
-        )
+        schema = {"type": "object"} if wanted.json is None else _parsed(wanted.json)
+        bounds = {"max_bytes": _MOST_BYTES, "max_depth": _MOST_DEPTH}
+        grammar = json_grammar(schema, **bounds, param="structured_outputs")
     elif wanted.regex is not None:
         grammar = LLMatcher.grammar_from_regex(wanted.regex)
     elif wanted.choice is not None:
-        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+        texts = " | ".join(map(json.dumps, wanted.choice))
         grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
     else:
         grammar = LLMatcher.grammar_from_lark(wanted.grammar or "")
@@ -104,14 +114,21 @@ def check_together(params: SamplingParams) -> None:
 def fault(grammar: str) -> str:
     """Why a grammar cannot be used, in a line; empty where it can."""
     matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=LIMITS)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    if not matcher.is_error():
-        return ""
-    error = matcher.get_error().replace("<non-verbose/>", "")
+    for _ in range(_LOOKED_AT):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            break
+        matcher.consume_token(int(np.unpackbits(mask, bitorder="little").argmax()))
+    return one_line(matcher.get_error())
+
+
+def one_line(error: str) -> str:
+    """What llguidance says of a grammar, without what a client wrote in other lines."""
     if error.startswith("NoExtension"):
         return "nothing can match it"
-    return " ".join(error.split())[:300]
+    return " ".join(error.replace("<non-verbose/>", "").split())[:300]
 
 
 @functools.cache
@@ -122,22 +139,39 @@ def _byte_tokenizer() -> LLTokenizer:
 
 def _parsed(schema: Mapping[str, Any] | str) -> Any:  # noqa: ANN401 - JSON
     try:
-        return json.loads(schema) if isinstance(schema, str) else schema
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(parsed, Mapping | bool):
+            raise ValueError("a schema is an object, true or false")
+        return parsed
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"structured_outputs.json is not JSON: {error}", param="structured_outputs"
+            f"structured_outputs.json cannot be read: {error}", param="structured_outputs"
         ) from None
 
 
-def _depth(schema: object, most: int) -> int:
-    """How deep objects and lists are nested, counted to one more than `most`."""
-    level, depth = [schema], 0
+def _measured(schema: object, most: int) -> tuple[int, float]:
+    """How deep objects and lists are nested, counted to one more than `most`; the largest divisor.
+
+    A divisor with decimals is one of as many more digits.
+    """
+    level, depth, divisor = [schema], 0, 0.0
     while level and depth <= most:
         inner: list[object] = []
         for value in level:
             if isinstance(value, Mapping):
                 inner += value.values()
+                divisor = max(divisor, _whole(value.get("multipleOf")))
             elif isinstance(value, list):
                 inner += value
         level, depth = inner, depth + bool(inner)
-    return depth
+    return depth, divisor
+
+
+def _whole(divisor: object) -> float:
+    if isinstance(divisor, bool) or not isinstance(divisor, int | float):
+        return 0.0
+    if not math.isfinite(divisor):
+        return math.inf
+    exponent = Decimal(repr(divisor)).as_tuple().exponent
+    digits = -exponent if isinstance(exponent, int) else 0
+    return abs(divisor) * 10.0 ** max(0, digits)

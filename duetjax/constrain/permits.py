@@ -1,4 +1,4 @@
-"""Issues permits on a thread of its own, so that no launch of others waits for a grammar."""
+"""Issues permits on threads of its own, so that no launch of others waits for a grammar."""
 
 import logging
 import threading
@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 from duetjax.policy.request import Constraint, Permit
 
 if TYPE_CHECKING:
-    from duetjax.constrain.follower import Follower, Vocabulary
+    from duetjax.constrain.follower import Compiled, Follower
 
 _log = logging.getLogger(__name__)
+
+type _Job = Callable[[], Permit | None]
 
 
 class PermitIssuer:
     """Implements `engine.Permits`.
 
+    Grammars are compiled on one thread, and followed on another, which a large one does not keep.
     tokenizer_json: gives the text of tokenizer.json; asked for once, by the first constrained
     request. vocab_size: of the logits. eos_token_ids: what ends an answer that may end.
     """
@@ -27,17 +30,21 @@ class PermitIssuer:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
-        self._jobs: SimpleQueue[Callable[[], Permit | None] | None] = SimpleQueue()
+        self._begun: SimpleQueue[tuple[str, Constraint] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[str, _Job] | None] = SimpleQueue()
         self._num_asked = self._num_done = 0
-        self._thread = threading.Thread(target=self._run, name="duetjax-permits", daemon=True)
-        # What follows is touched by the thread alone.
-        self._followers: dict[str, Follower] = {}
-        self._vocabulary: Vocabulary | None = None
+        self._live: set[str] = set()  # written by the engine's thread
+        self._compiled: Compiled | str | None = None  # of the first thread; text: why there is none
+        self._followers: dict[str, Follower] = {}  # of the second
+        self._is_closed = False
 
-    def start(self, deliver: Callable[[Permit | None], None]) -> None:
+    def start(self, deliver: "Callable[[Permit | BaseException | None], None]") -> None:
         """See `engine.Permits`."""
         self._deliver = deliver
-        self._thread.start()
+        for name, run in (("grammars", self._compile_all), ("permits", self._follow_all)):
+            threading.Thread(
+                target=self._safely, args=(run,), name=f"duetjax-{name}", daemon=True
+            ).start()
 
     @property
     def is_idle(self) -> bool:
@@ -46,46 +53,74 @@ class PermitIssuer:
 
     def begin(self, request_id: str, constraint: Constraint) -> None:
         """See `engine.Permits`."""
-        self._ask(lambda: self._begin(request_id, constraint), request_id)
+        self._live.add(request_id)
+        self._begun.put((request_id, constraint))
 
     def sampled(self, request_id: str, token: int | None) -> None:
         """See `engine.Permits`."""
-        self._ask(lambda: self._sampled(request_id, token), request_id)
+        self._num_asked += 1
+        self._jobs.put((request_id, lambda: self._sampled(request_id, token)))
 
     def end(self, request_id: str) -> None:
         """See `engine.Permits`."""
-        self._ask(lambda: self._end(request_id), request_id)
+        self._live.discard(request_id)
+        self._num_asked += 1
+        self._jobs.put((request_id, lambda: self._end(request_id)))
 
     def close(self) -> None:
         """See `engine.Permits`."""
+        self._is_closed = True
+        self._begun.put(None)
         self._jobs.put(None)
 
-    def _ask(self, job: Callable[[], Permit | None], request_id: str) -> None:
-        def safely() -> Permit | None:
+    def _safely(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as failure:  # whoever is held would be for ever
+            self._deliver(failure)
+
+    def _compile_all(self) -> None:
+        while (begun := self._begun.get()) is not None and not self._is_closed:
+            request_id, constraint = begun
+            if request_id not in self._live:
+                continue
             try:
-                return job()
+                follower = self._follower(request_id, constraint)
             except Exception as error:
-                _log.exception("request %s cannot be constrained", request_id)
+                self._deliver(_fault(request_id, error))
+                continue
+            self._num_asked += 1
+            self._jobs.put((request_id, lambda new=follower: self._begin(new)))  # type: ignore[misc]
+
+    def _follow_all(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._is_closed:
+            request_id, work = job
+            try:
+                permit = work()
+            except Exception as error:
                 self._followers.pop(request_id, None)
-                return Permit(request_id, 0, error=str(error))
-
-        self._num_asked += 1
-        self._jobs.put(safely)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            permit = job()
+                permit = _fault(request_id, error)
             self._num_done += 1
             self._deliver(permit)
 
-    def _begin(self, request_id: str, constraint: Constraint) -> Permit:
-        from duetjax.constrain.follower import Follower, vocabulary  # loads llguidance
+    def _follower(self, request_id: str, constraint: Constraint) -> "Follower":
+        from duetjax.constrain.follower import Compiled, Follower, vocabulary  # loads llguidance
 
-        if self._vocabulary is None:
-            text, ends = self._tokenizer_json(), self._eos_token_ids
-            self._vocabulary = vocabulary(text, self._vocab_size, ends)
-        follower = Follower(request_id, constraint, self._vocabulary)
-        self._followers[request_id] = follower
+        if self._compiled is None:
+            try:
+                text, ends = self._tokenizer_json(), self._eos_token_ids
+                self._compiled = Compiled(vocabulary(text, self._vocab_size, ends))
+            except Exception as error:
+                self._compiled = f"this model's tokenizer cannot be constrained: {error}"
+        if isinstance(self._compiled, str):
+            raise ValueError(self._compiled)
+        matcher = self._compiled.matcher(constraint.grammar)
+        return Follower(request_id, constraint, self._compiled.vocabulary, matcher)
+
+    def _begin(self, follower: "Follower") -> Permit | None:
+        if follower.id not in self._live:
+            return None
+        self._followers[follower.id] = follower
         return follower.begin()
 
     def _sampled(self, request_id: str, token: int | None) -> Permit | None:
@@ -96,3 +131,8 @@ class PermitIssuer:
 
     def _end(self, request_id: str) -> None:
         self._followers.pop(request_id, None)
+
+
+def _fault(request_id: str, error: Exception) -> Permit:
+    _log.warning("request %s cannot be constrained", request_id, exc_info=error)
+    return Permit(request_id, 0, error=str(error) or repr(error))

@@ -13,12 +13,17 @@ from duetjax.policy.prefix_cache import Node, Place
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended, in OpenAI's words where it has them."""
+    """Why a generation ended, in OpenAI's words where it has them.
+
+    ERROR: its logits were not finite, or the engine failed. CONSTRAINT: nobody could say what it
+    may go on with.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    CONSTRAINT = "constraint"
 
 
 @dataclass(frozen=True, slots=True)

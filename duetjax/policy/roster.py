@@ -228,7 +228,7 @@ class Roster:
         """Steps that all decoding rows can take before one of them takes its last, or waits."""
         columns, slots = self.columns, self.decoding.batch().slots
         planned = columns.planned[slots]
-        most = int((columns.end[slots] - planned).min()) - 1
+        most = int((columns.leash[slots] - planned).min()) - 1
         size = self.limits.page_size
         if len(slots) * -(-most // size) > self.pool.num_available:
             most = min(most, int((columns.room[slots] - planned).min()))
@@ -300,6 +300,12 @@ class Roster:
         """Its prompt has been computed on the prefill lane, by launch `ticket`, now complete."""
         self.deltas.handovers[slot_of(request)] = ticket
         self._go_on(request)
+
+    @property
+    def has_handed_over(self) -> bool:
+        """Whether a decoding row waits for its first step since its prompt was computed."""
+        handovers = self.deltas.handovers
+        return bool(handovers) and any(r.slot in handovers for r in self.decoding)
 
     def _go_on(self, request: Request) -> None:
         """All that is planned of it is its own to feed; to what comes next."""

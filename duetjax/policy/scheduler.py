@@ -276,7 +276,7 @@ class Scheduler:
             tbt_slo_ms=self._tightest_slo_ms(),
             max_k=min(int(left.max(initial=1)), free + 1),
             split=self._split,
-            handed_over_ms=flights.since_prefill_ms if roster.deltas.handovers else 0.0,
+            handed_over_ms=flights.since_prefill_ms if roster.has_handed_over else 0.0,
         )
 
     def _tightest_slo_ms(self) -> float:

@@ -104,12 +104,14 @@ def _open(
     rows = max(*buckets.decode, *map(buckets.rows_of, buckets.prefill))
     top = min(MAX_LOGPROBS, slots.vocab_size)
     widest = max(PARAMS.itemsize, 4 * slots.table_width, 2 * slots.vocab_size, *buckets.prefill)
+    masks = slots.rows * (4 * slots.mask_words + PARAMS.itemsize)
     return _launcher.Device(
         [split.decode for split in splits],
         libcuda=libcuda,
         result_bytes=rows * (12 + 8 * top),
         result_slots=RESULT_SLOTS,
-        staging_bytes=max(_LEAST_STAGING, 16 * widest),
+        # Twice what a launch copies where all its slots have new masks, beside the widest rows.
+        staging_bytes=max(_LEAST_STAGING, 16 * widest) + 2 * masks,
         replay_lists=replay_lists,
     )
 

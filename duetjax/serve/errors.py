@@ -70,13 +70,12 @@ def non_finite_logits() -> HttpError:
 
 
 def constraint_failed() -> HttpError:
-    """400 for an answer that could not go on under its schema, or with numbers that are none."""
+    """400 for an answer that could not go on under its grammar."""
     return HttpError(
         400,
         "constraint_failed",
-        "the answer could not be continued under its schema, which is too complex for a token, or"
-        " the model computed NaN or infinity; simplify the schema",
-        param="response_format",
+        "the answer could not go on under its schema, which is too complex, or this model's"
+        " tokenizer cannot be constrained, as the server's log says; simplify the schema",
         headers={"x-should-retry": "false"},
     )
 

@@ -1,13 +1,15 @@
 """What requests ask of the form of their answers, checked."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 from duetjax.config import InvalidRequest
-from duetjax.constrain.grammars import json_grammar
+from duetjax.constrain.checker import CheckerBusy
+from duetjax.constrain.grammars import check_schema, json_grammar
 from duetjax.form import PLAIN, TAIL_TOKENS, Form, form_of
 from duetjax.policy.request import Constraint
 from duetjax.serve.context import Service
+from duetjax.serve.errors import HttpError
 from duetjax.serve.formats import CallMode, ResponseFormat, ToolChoice
 from duetjax.serve.protocol import ChatBody
 from duetjax.text.tool_grammar import tool_grammar
@@ -78,7 +80,14 @@ def check_tools(service: Service, body: ChatBody) -> None:
 
 def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None:
     schema = None if wanted is None else wanted.wanted
-    return None if schema is None else _grammar(service, schema, "response_format")
+    if schema is None:
+        return None
+    limits, param = service.limits, "response_format"
+    grammar = json_grammar(
+        schema, max_bytes=limits.max_schema_bytes, max_depth=limits.max_schema_depth, param=param
+    )
+    _try(service, grammar, param)
+    return grammar
 
 
 def _call_grammar(service: Service, body: ChatBody) -> str | None:
@@ -88,29 +97,24 @@ def _call_grammar(service: Service, body: ChatBody) -> str | None:
     if not is_required and not any(tool.function.strict for tool in body.tools):
         return None
     assert service.tool_style is not None, "checked before"
+    limits = service.limits
     for tool in body.tools:
-        strict = tool.function.strict
-        _grammar(service, tool.function.parameters or {}, "tools", lenient=not strict)
-    return tool_grammar(
+        parameters = tool.function.parameters or {}
+        check_schema(parameters, limits.max_schema_bytes, limits.max_schema_depth, "tools")
+    grammar = partial(
+        tool_grammar,
         service.tool_style,
         [tool.as_template_value() for tool in body.tools],
         name=choice.name,
         parallel=body.parallel_tool_calls and choice.name is None,
         may_answer=not is_required,
-        tag_ids=service.tokenizer.added_ids,
     )
+    _try(service, grammar(), "tools")  # with tags spelled, as the checker has no model's tokens
+    return grammar(tag_ids=service.tokenizer.added_ids)
 
 
-def _grammar(
-    service: Service, schema: Mapping[str, Any], param: str, *, lenient: bool = False
-) -> str:
-    """Of a schema within the limits, tried."""
-    grammar = json_grammar(
-        schema,
-        max_bytes=service.limits.max_schema_bytes,
-        max_depth=service.limits.max_schema_depth,
-        param=param,
-        lenient=lenient,
-    )
-    service.checker.check(grammar, param)
-    return grammar
+def _try(service: Service, grammar: str, param: str) -> None:
+    try:
+        service.checker.check(grammar, param)
+    except CheckerBusy as error:
+        raise HttpError(429, "queue_full", str(error), headers={"retry-after": "1"}) from None

@@ -137,6 +137,6 @@ class CalledTool(Body):
 
 def _json(text: str) -> Any:  # noqa: ANN401
     try:
-        return orjson.loads(text)
+        return orjson.loads(text or "{}")
     except ValueError:
         return None

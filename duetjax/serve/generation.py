@@ -29,6 +29,8 @@ from duetjax.text.stream import TextDelta, TextStream
 from duetjax.text.tokenizer import Tokenizer
 from duetjax.trace_events import RequestLife
 
+_FAILURES = (FinishReason.ERROR, FinishReason.ABORT, FinishReason.CONSTRAINT)
+
 
 class _Progress:
     """One choice under way: its text so far, and when its tokens came.
@@ -256,8 +258,8 @@ class Generation:
 
     def _advance(self, progress: _Progress, output: RequestOutput, at: float) -> Delta:
         choice = progress.choice
-        if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-            raise self._failure(output.finish, choice)
+        if output.finish in _FAILURES:
+            raise self._failure(output.finish)
         if output.num_cached_tokens:
             self.cached[choice.index] = output.num_cached_tokens
         if output.token_ids:
@@ -272,7 +274,7 @@ class Generation:
             self._end(progress, finish, output.num_launches)
         return delta
 
-    def _failure(self, finish: FinishReason, choice: Choice) -> HttpError:
+    def _failure(self, finish: FinishReason) -> HttpError:
         """Why the engine ended a request: it waited, the server ends, it died, or lost this one."""
         if finish is FinishReason.ABORT and self._waited_too_long and self._client.is_healthy:
             seconds = self._limits.queue_timeout_s
@@ -283,7 +285,7 @@ class Generation:
             return shutting_down()
         if not self._client.is_healthy:
             return engine_dead(not_running(self._client))
-        if choice.new.constraint is not None:
+        if finish is FinishReason.CONSTRAINT:
             return constraint_failed()
         self._metrics.corrupted.inc()
         return non_finite_logits()

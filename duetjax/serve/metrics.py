@@ -41,6 +41,7 @@ class AbortCause(StrEnum):
     SHUTTING_DOWN = "shutting_down"
     ENGINE_DEAD = "engine_dead"
     NON_FINITE_LOGITS = "non_finite_logits"
+    CONSTRAINT_FAILED = "constraint_failed"
     INTERNAL_ERROR = "internal_error"
 
 

@@ -22,6 +22,7 @@ type Schema = dict[str, Any]
 _GENERATING = (ChatBody, CompletionBody)
 _TYPES = (*_GENERATING, TokenizeBody, DetokenizeBody, *ANSWERS)
 _NULL = {"type": "null"}
+_NOT_NULL = {"not": _NULL}
 _BY_NAME = ("enum", "maximum", "maxItems", "maxLength", "maxProperties")
 
 _NOTES = {
@@ -60,13 +61,9 @@ def schemas(service: Service, error_codes: tuple[str, ...]) -> dict[str, Schema]
     named: dict[str, Schema] = document["$defs"]
     for kind in _GENERATING:
         _complete(named[kind.__name__]["properties"], kind.neutral)
-    named["Message"]["anyOf"] = [
-        {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
-        {
-            "required": ["tool_calls"],
-            "properties": {"tool_calls": {"type": "array", "minItems": 1}},
-        },
-    ]
+    if service.reasoning_style is None:
+        _refuse(named["ChatBody"]["properties"], "max_reasoning_tokens")
+    _complete_forms(named)
     named["TokenizeBody"]["oneOf"] = [
         {"properties": {name: {"type": kind}}, "required": [name]}
         for name, kind in (("prompt", "string"), ("messages", "array"))
@@ -105,6 +102,35 @@ def _complete(properties: dict[str, Schema], neutral: Mapping[str, Sequence[obje
         properties[name] = {"description": "Without effect."}
     for name in _NOTES.keys() & properties.keys():
         properties[name]["description"] = _NOTES[name]
+
+
+def _refuse(properties: dict[str, Schema], name: str) -> None:
+    """Leaves nothing but null."""
+    properties[name] = {"enum": [None], "description": properties[name]["description"]}
+
+
+def _complete_forms(named: dict[str, Schema]) -> None:
+    """Adds what joins the fields of messages and of response formats."""
+    assistant = {"role": {"const": "assistant"}}
+    named["Message"]["anyOf"] = [
+        {
+            "required": ["content"],
+            "properties": {"content": _NOT_NULL, "tool_calls": {"maxItems": 0}},
+        },
+        {"required": ["content"], "properties": {**assistant, "content": _NOT_NULL}},
+        {
+            "required": ["tool_calls"],
+            "properties": {**assistant, "tool_calls": {"type": "array", "minItems": 1}},
+        },
+    ]
+    named["ResponseFormat"]["anyOf"] = [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        {"required": ["json_schema"], "properties": {"json_schema": _NOT_NULL}},
+    ]
+    named["CalledFunction"]["properties"]["arguments"] |= {
+        "contentMediaType": "application/json",
+        "contentSchema": {"type": "object"},
+    }
 
 
 def _complete_launch(schema: Schema) -> None:

@@ -29,8 +29,8 @@ from duetjax.sim.clock import Clock, VirtualClock
 type Sampler = Callable[[SlotParams, int], int]
 """The token that a slot's owner samples for a position."""
 
-_SAMPLED, _STOPPED, _AT_LIMIT = (
-    int(flag) for flag in (RowFlag.SAMPLED, RowFlag.STOPPED, RowFlag.AT_LIMIT)
+_SAMPLED, _STOPPED, _AT_LIMIT, _NON_FINITE = (
+    int(flag) for flag in (RowFlag.SAMPLED, RowFlag.STOPPED, RowFlag.AT_LIMIT, RowFlag.NON_FINITE)
 )
 
 type StepsMs = Callable[[Step, int], NDArray[np.float64]]
@@ -300,7 +300,11 @@ class _Slots:
         params, position = self._params[slot], self._position.item(slot)
         token = sampler(params, position)
         if mask := self._allowed.get(slot):
-            token = _allowed(mask, token, params.stop_ids)
+            chosen = _allowed(mask, token, params.stop_ids)
+            if chosen is None:
+                self._has_stopped[slot] = True
+                return token, _NON_FINITE
+            token = chosen
         if token not in params.stop_ids:
             return token, 0
         if position < params.num_prompt + params.sampling.min_tokens:
@@ -309,10 +313,12 @@ class _Slots:
         return token, _STOPPED
 
 
-def _allowed(mask: bytes, token: int, stop_ids: tuple[int, ...]) -> int:
+def _allowed(mask: bytes, token: int, stop_ids: tuple[int, ...]) -> int | None:
     """A token that a mask of `Launch.allowed` has: an end if there is one, or one by `token`."""
     ids = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").nonzero()[0].tolist()
     ends = [end for end in stop_ids if end in ids]
+    if not ids:
+        return None
     return ends[0] if ends else ids[token % len(ids)]
 
 
