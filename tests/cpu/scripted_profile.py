@@ -54,7 +54,7 @@ class Scripted:
         self.was_closed = True
 
 
-def profile(executor, folder, *flags):
+def profile(executor, folder, *flags, is_out_named=True):
     """The exit status of the command line."""
     ready = SimpleNamespace(
         device=SimpleNamespace(splits=None, is_host=True, rung=Rung.JAX),
@@ -65,8 +65,8 @@ def profile(executor, folder, *flags):
         calibrations=folder / "calibrations",
     )
     profile_command.prepare = lambda *_, **__: ready
-    out = str(folder / "out")
-    return main(["profile", "--hardware-profile", "cpu-2-cores", "--out", out, *flags])
+    out = ("--out", str(folder / "out")) if is_out_named else ()
+    return main(["profile", "--hardware-profile", "cpu-2-cores", *out, *flags])
 
 
 if __name__ == "__main__":

@@ -40,6 +40,13 @@ def test_as_many_points_are_timed_as_are_asked_for(tmp_path, capsys):
     assert "stopped" not in capsys.readouterr().out
 
 
+def test_a_folder_that_nobody_names_is_named_for_the_device_and_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert profile(Scripted(), tmp_path, "--points", "120", is_out_named=False) == 0
+    [made] = tmp_path.glob("profile-cpu-2-cores-*")
+    assert sorted(file.name for file in made.iterdir()) == ALL_FILES
+
+
 @pytest.mark.parametrize(
     ("what", "code", "complaint"),
     [

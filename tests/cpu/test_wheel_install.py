@@ -101,6 +101,7 @@ def test_the_wheel_holds_every_module_preset_and_demo_file_and_nothing_else(whee
     demo = {f"duetjax/demo/{path.name}" for path in (ROOT / "checkpoints/demo").glob("*.*")}
     code = files("duetjax", "**/*.py") | files("pallas_kernels", "**/*.py")
     facts = files("duetjax", "presets/**/*.json") | files("pallas_kernels", "*.json")
+    facts |= files("duetjax", "*.jsonl")
     expected = code | demo | facts | {"duetjax/py.typed", "duetjax/serve/page/index.html"}
     launcher = {"duetjax/_launcher.pyi"} | (
         {"duetjax/_launcher.abi3.so"} if HAS_COMPILER else set()

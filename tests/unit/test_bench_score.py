@@ -377,6 +377,17 @@ def test_a_budget_that_is_exceeded_or_unknown_is_told(questions):
     assert warned(None, "none") == []
 
 
+def test_a_server_that_refuses_budgets_is_told_from_one_that_fails(questions):
+    def script(body):
+        return (400, {"error": {"code": "invalid_value"}}) if len(body) > 3 else always_right(body)
+
+    with Scripted(script).running() as endpoint:
+        document = scored(endpoint, questions, budgets="16,none").document
+    assert document["errors_by_code"] == {"400 invalid_value": 6}
+    assert any("budget 16: `duetjax serve`" in each for each in document["warnings"])
+    assert not any("no budget: `duetjax serve`" in each for each in document["warnings"])
+
+
 def test_numbers_that_look_surer_than_they_are_are_told(questions):
     with Scripted(always_right).running() as endpoint:
         report = scored(endpoint, questions, temperature=0.0)
