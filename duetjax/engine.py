@@ -446,8 +446,8 @@ class EngineClient:
             return []  # it has ended
         new = self._unpermitted.pop(request_id, None)
         if permit.error:
-            if new is None:
-                self._scheduler.abort(request_id)
+            if new is None and not self._scheduler.abort(request_id):
+                return []  # it has ended
             _log.warning("request %s cannot go on: %s", request_id, permit.error)
             return [_ended(request_id, FinishReason.CONSTRAINT)]
         own = replace(permit, id=request_id)

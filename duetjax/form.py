@@ -24,12 +24,14 @@ class Form:
 
     constraint: what its tokens are kept to. parser: makes what takes its text apart.
     counts_reasoning: whether its reasoning is counted; reasoning_begun: the prompt opens it.
+    param: the field of a request that a grammar came from.
     """
 
     constraint: Constraint | None = None
     parser: Callable[[], AnswerParser] | None = None
     counts_reasoning: bool = False
     reasoning_begun: bool = False
+    param: str = "response_format"
 
 
 PLAIN = Form()
@@ -50,7 +52,8 @@ def form_of(
     """
     begun = reasoning is not None and begins_reasoning(reasoning, prompt_end)
     bound = None
-    if reasoning is not None and not prompt_end.rstrip().endswith(END_THINK):
+    is_closed = prompt_end.rstrip().endswith(END_THINK)  # a model may open it again all the same
+    if reasoning is not None and not (is_closed and grammar is not None):
         bound = Reasoning(THINK, END_THINK, begun, max_reasoning_tokens)
     constraint = None
     if grammar is not None:

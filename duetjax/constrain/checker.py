@@ -39,9 +39,9 @@ class GrammarChecker:
     takes longer than half a second, or ends the child, twice, is refused; another child takes over.
     """
 
-    def __init__(self, seconds: float = _SECONDS) -> None:
+    def __init__(self, seconds: float = _SECONDS, places: int = _PLACES) -> None:
         self._seconds = seconds
-        self._places = threading.BoundedSemaphore(_PLACES)
+        self._places = threading.BoundedSemaphore(places)
         self._lock = threading.Lock()  # of the child
         self._child: _Child | None = None
         self._known = threading.Lock()  # of what follows, for moments
@@ -50,7 +50,8 @@ class GrammarChecker:
     def check(self, grammar: str, param: str) -> None:
         """Raises `InvalidRequest` for a grammar that cannot be used, or `CheckerBusy`."""
         with self._known:
-            fault = self._faults.get(grammar)
+            if (fault := self._faults.get(grammar)) is not None:
+                self._faults.move_to_end(grammar)
         if fault is None:
             fault = self._ask(grammar)
         if fault:
@@ -82,7 +83,6 @@ class GrammarChecker:
     def _remember(self, grammar: str, fault: str) -> None:
         with self._known:
             self._faults[grammar] = fault
-            self._faults.move_to_end(grammar)
             if len(self._faults) > _REMEMBERED:
                 self._faults.popitem(last=False)
 
@@ -111,8 +111,7 @@ class _Child:
         """The fault of a grammar, or ""; None where the process did not say in time."""
         try:
             if not self._is_ready:
-                self._said.get(timeout=_START_SECONDS)
-                self._is_ready = True
+                self._is_ready = bool(self._said.get(timeout=_START_SECONDS))
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(grammar).encode() + b"\n")
             self._process.stdin.flush()

@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
@@ -23,6 +23,7 @@ class Vocabulary:
 
     tokenizer: LLTokenizer
     size: int
+    _beyond: dict[bytes, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def only(self, token: int) -> bytes:
         """The mask that allows one token."""
@@ -51,6 +52,17 @@ class Vocabulary:
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, special ones where it spells them."""
         return list(self.tokenizer.tokenize_str(text, parse_special=True))
+
+    def beyond(self, text: bytes) -> tuple[int, ...]:
+        """Tokens that begin with a text, and have more behind it than whitespace; slow at first."""
+        if text not in self._beyond:
+            all_of_them = map(self.text, range(self.tokenizer.vocab_size))
+            self._beyond[text] = tuple(
+                token
+                for token, own in enumerate(all_of_them)
+                if token < self.size and own.startswith(text) and own[len(text) :].strip()
+            )
+        return self._beyond[text]
 
     def text(self, token: int) -> bytes:
         """Of one token, a special one's included."""
@@ -137,7 +149,7 @@ class Follower:
                 begin = self._vocabulary.ids(self._reasoning.begin)
                 if self._budget is not None:
                     self._budget += len(begin)
-                if self._matcher is not None or self._reasoning.max_tokens == 0:
+                if self._matcher is not None:
                     self._force(begin)
         return self._permit()
 
@@ -166,7 +178,7 @@ class Follower:
             if left is None or left > 0:
                 if self._matcher is None:
                     return self._say(_ANY, left)
-                return self._say(self._vocabulary.all_but(self._ends), 1)
+                return self._say(self._vocabulary.all_but(self._forbidden()), 1)
             assert self._reasoning is not None
             self._force(self._vocabulary.ids(self._reasoning.end))
         if self._part is _Part.FORCED:
@@ -199,10 +211,22 @@ class Follower:
         self._searched = len(self._text)
         if at < 0:
             return False
-        rest = bytes(self._text[at + len(end) :])
+        rest = bytes(self._text[at + len(end) :]).lstrip()
         if self._matcher is not None and rest:
             self._matcher.consume_tokens(self._vocabulary.tokenizer.tokenize_bytes(rest))
         return True
+
+    def _forbidden(self) -> Iterable[int]:
+        """What reasoning may not go on with: no end, and none that the answer would begin with.
+
+        A token may have the rest of a spelled end tag, and then something.
+        """
+        assert self._reasoning is not None
+        end, spelled = self._reasoning.end.encode(), 0
+        for size in range(1, len(end)):
+            if self._text.endswith(end[:size]):
+                spelled = size
+        return (*self._ends, *(self._vocabulary.beyond(end[spelled:]) if spelled else ()))
 
     def _has_begun(self) -> bool:
         """Whether this is reasoning, and not only what may yet become one."""

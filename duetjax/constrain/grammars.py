@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from decimal import Decimal
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,6 +28,10 @@ LIMITS: Final = LLParserLimits(
 )
 """Of work and size: some 20 ms to compile and 10 ms for a token, but for `multipleOf`, which they
 do not count: its automaton has a state for each remainder."""
+_FORMATS: Final = {
+    *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+}
+"""That texts are kept to; others say something to people, as JSON Schema has it."""
 _LARGEST_DIVISOR: Final = 1000
 _LOOKED_AT: Final = 8  # tokens of an answer, before it is asked for
 _MOST_BYTES: Final = 1 << 20
@@ -42,6 +47,8 @@ _LAYOUT: Final["JsonCompileOptions"] = {
 
 def check_schema(schema: object, max_bytes: int, max_depth: int, param: str) -> None:
     """Raises `InvalidRequest` for a JSON schema beyond the bounds, before anything compiles it."""
+    if not (schema is True or isinstance(schema, Mapping)):
+        raise InvalidRequest(f"a schema is an object, not {short(schema)}", param=param)
     depth, divisor = _measured(schema, max_depth)
     if divisor > _LARGEST_DIVISOR:
         raise InvalidRequest(
@@ -56,7 +63,7 @@ def check_schema(schema: object, max_bytes: int, max_depth: int, param: str) -> 
         )
     try:
         size = len(json.dumps(schema))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"the schema is not JSON: {error}", param=param) from None
     if size > max_bytes:
         raise InvalidRequest(
@@ -74,10 +81,26 @@ def json_grammar(
     Raises what `check_schema` does; all else that may be wrong with it is found by `fault`.
     """
     check_schema(schema, max_bytes, max_depth, param)
-    wanted: Any = json.dumps(schema)
-    if isinstance(schema, Mapping):  # whose own word on the compiler's options is not asked for
-        wanted = {name: value for name, value in schema.items() if name != "x-guidance"}
-    return LLMatcher.grammar_from_json_schema(wanted, overrides=_LAYOUT)
+    try:
+        text = json.dumps({} if schema is True else enforceable(schema))
+        return LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+    except (ValueError, RecursionError) as error:
+        reason = one_line(str(error))
+        raise InvalidRequest(f"the schema cannot be used: {reason}", param=param) from None
+
+
+def enforceable(schema: Any) -> Any:  # noqa: ANN401 - JSON
+    """A schema without what enforces nothing: formats that are but a note, options of ours."""
+    if isinstance(schema, list):
+        return [enforceable(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        name: enforceable(value)
+        for name, value in schema.items()
+        if name != "x-guidance"
+        and not (name == "format" and isinstance(value, str) and value not in _FORMATS)
+    }
 
 
 def grammar_of(wanted: StructuredOutputsParams) -> str:
@@ -86,18 +109,28 @@ def grammar_of(wanted: StructuredOutputsParams) -> str:
         schema = {"type": "object"} if wanted.json is None else _parsed(wanted.json)
         bounds = {"max_bytes": _MOST_BYTES, "max_depth": _MOST_DEPTH}
         grammar = json_grammar(schema, **bounds, param="structured_outputs")
-    elif wanted.regex is not None:
-        grammar = LLMatcher.grammar_from_regex(wanted.regex)
-    elif wanted.choice is not None:
-        texts = " | ".join(map(json.dumps, wanted.choice))
-        grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
     else:
-        grammar = LLMatcher.grammar_from_lark(wanted.grammar or "")
+        try:
+            grammar = _text_grammar(wanted)
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "structured_outputs holds half a character, which is not Unicode",
+                param="structured_outputs",
+            ) from None
     if reason := fault(grammar):
         raise InvalidRequest(
             f"structured_outputs cannot be used: {reason}", param="structured_outputs"
         )
     return grammar
+
+
+def _text_grammar(wanted: StructuredOutputsParams) -> str:
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        texts = " | ".join(map(json.dumps, wanted.choice))
+        return LLMatcher.grammar_from_lark(f"start: {texts}")
+    return LLMatcher.grammar_from_lark(wanted.grammar or "")
 
 
 def check_together(params: SamplingParams) -> None:
@@ -139,10 +172,7 @@ def _byte_tokenizer() -> LLTokenizer:
 
 def _parsed(schema: Mapping[str, Any] | str) -> Any:  # noqa: ANN401 - JSON
     try:
-        parsed = json.loads(schema) if isinstance(schema, str) else schema
-        if not isinstance(parsed, Mapping | bool):
-            raise ValueError("a schema is an object, true or false")
-        return parsed
+        return json.loads(schema) if isinstance(schema, str) else schema
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"structured_outputs.json cannot be read: {error}", param="structured_outputs"

@@ -10,7 +10,7 @@ from duetjax.config import ModelFolderError
 from duetjax.serve.call import Call, Delta, check_characters, check_model, make_choices
 from duetjax.serve.context import Service
 from duetjax.serve.errors import HttpError
-from duetjax.serve.form import chat_form
+from duetjax.serve.form import chat_form, chat_grammar
 from duetjax.serve.logprobs import chat_logprobs
 from duetjax.serve.protocol import ChatBody, Message, ignored_header
 from duetjax.text.answer import CallDelta
@@ -24,9 +24,10 @@ def prepare_chat(service: Service, given: dict[str, Any]) -> Call:
     """
     body = ChatBody.parse(given, service.limits)
     check_model(service, body.model)
+    grammar = chat_grammar(service, body)
     tools = [tool.as_template_value() for tool in body.tools] if body.calls_tools else []
     prompt = tuple(encode_messages(service, body.messages, body.chat_template_kwargs, tools))
-    form = chat_form(service, body, prompt)
+    form = chat_form(service, body, grammar, prompt)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     choices = make_choices(
         *(service, body, call_id, [prompt]), usual_max_tokens=None, constraint=form.constraint
@@ -107,13 +108,13 @@ class ChatReply:
         if delta.reasoning:
             told = Delta(delta.index, "", ())
             chunks.append(self._chunk(told, {"reasoning_content": delta.reasoning}, None))
+        has_content = bool(delta.text or delta.logprobs)
+        if has_content or (self.prompt is not None and delta.finish_reason is None):
+            chunks.append(self._chunk(delta, {"content": delta.text}, None))
         if delta.calls:
             told = Delta(delta.index, "", ())
             calls = [_told_call(call) for call in delta.calls]
             chunks.append(self._chunk(told, {"tool_calls": calls}, None))
-        has_content = bool(delta.text or delta.logprobs)
-        if has_content or (self.prompt is not None and delta.finish_reason is None):
-            chunks.append(self._chunk(delta, {"content": delta.text}, None))
         if delta.finish_reason is not None:
             told = Delta(delta.index, "", () if has_content else delta.token_ids)
             chunks.append(self._chunk(told, {}, delta.finish_reason))

@@ -69,13 +69,14 @@ def non_finite_logits() -> HttpError:
     )
 
 
-def constraint_failed() -> HttpError:
+def constraint_failed(param: str) -> HttpError:
     """400 for an answer that could not go on under its grammar."""
     return HttpError(
         400,
         "constraint_failed",
         "the answer could not go on under its schema, which is too complex, or this model's"
         " tokenizer cannot be constrained, as the server's log says; simplify the schema",
+        param=param,
         headers={"x-should-retry": "false"},
     )
 

@@ -1,16 +1,17 @@
 """What requests ask of the form of their answers, checked."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from duetjax.config import InvalidRequest
 from duetjax.constrain.checker import CheckerBusy
-from duetjax.constrain.grammars import check_schema, json_grammar
+from duetjax.constrain.grammars import check_schema, enforceable, json_grammar
 from duetjax.form import PLAIN, TAIL_TOKENS, Form, form_of
 from duetjax.policy.request import Constraint
 from duetjax.serve.context import Service
 from duetjax.serve.errors import HttpError
-from duetjax.serve.formats import CallMode, ResponseFormat, ToolChoice
+from duetjax.serve.formats import CallMode, NamedTool, ResponseFormat
 from duetjax.serve.protocol import ChatBody
 from duetjax.text.tool_grammar import tool_grammar
 
@@ -21,38 +22,42 @@ def completion_form(service: Service, wanted: ResponseFormat | None) -> Form:
     return PLAIN if grammar is None else Form(Constraint(grammar))
 
 
-def chat_form(service: Service, body: ChatBody, prompt: Sequence[int]) -> Form:
-    """Of the next turn of a conversation; raises `InvalidRequest`.
+def chat_form(service: Service, body: ChatBody, grammar: str | None, prompt: Sequence[int]) -> Form:
+    """Of the next turn of a conversation.
 
-    prompt: as the chat template wrote it, whose end says whether the answer begins in reasoning.
+    grammar: see `chat_grammar`. prompt: as the chat template wrote it, whose end says whether the
+    answer begins in reasoning.
     """
+    form = form_of(
+        service.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False),
+        grammar=grammar,
+        reasoning=service.reasoning_style,
+        tools=service.tool_style if body.calls_tools else None,
+        max_reasoning_tokens=body.max_reasoning_tokens,
+    )
+    return replace(form, param="tools" if body.calls_tools else "response_format")
+
+
+def chat_grammar(service: Service, body: ChatBody) -> str | None:
+    """Of the next turn of a conversation; None for any text. Raises `InvalidRequest`."""
     check_tools(service, body)
-    style = service.reasoning_style
-    if body.max_reasoning_tokens is not None and style is None:
+    if body.max_reasoning_tokens is not None and service.reasoning_style is None:
         raise InvalidRequest(
             "max_reasoning_tokens needs a server that was started with --reasoning-parser",
             param="max_reasoning_tokens",
             code="unsupported_parameter",
         )
-    calls = body.calls_tools
     grammar = _json_grammar(service, body.response_format)
-    if grammar is not None and calls:
+    if not body.calls_tools:
+        return grammar
+    if grammar is not None:
         raise InvalidRequest(
             "response_format cannot be kept by an answer that may call tools; send one of them, or"
             ' tool_choice: "none"',
             param="response_format",
             code="unsupported_parameter",
         )
-    if calls:
-        grammar = _call_grammar(service, body)
-    end = service.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
-    return form_of(
-        end,
-        grammar=grammar,
-        reasoning=style,
-        tools=service.tool_style if calls else None,
-        max_reasoning_tokens=body.max_reasoning_tokens,
-    )
+    return _call_grammar(service, body)
 
 
 def check_tools(service: Service, body: ChatBody) -> None:
@@ -61,12 +66,13 @@ def check_tools(service: Service, body: ChatBody) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidRequest(f"tools has {twice!r} more than once; name each once", param="tools")
-    choice = body.tool_choice or ToolChoice(CallMode.AUTO)
-    if choice.mode is CallMode.REQUIRED and not names:
+    choice = body.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    if not names and (named is not None or choice is CallMode.REQUIRED):
         raise InvalidRequest("tool_choice asks for a call, but there are no tools", param="tools")
-    if choice.name is not None and choice.name not in names:
+    if named is not None and named not in names:
         raise InvalidRequest(
-            f"tool_choice names {choice.name!r}, which is not among the tools: {', '.join(names)}",
+            f"tool_choice names {named!r}, which is not among the tools: {', '.join(names)}",
             param="tool_choice",
         )
     if body.calls_tools and service.tool_style is None:
@@ -76,6 +82,10 @@ def check_tools(service: Service, body: ChatBody) -> None:
             param="tools",
             code="unsupported_parameter",
         )
+    limits = service.limits
+    for tool in body.tools:
+        parameters = tool.function.parameters or {}
+        check_schema(parameters, limits.max_schema_bytes, limits.max_schema_depth, "tools")
 
 
 def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None:
@@ -92,22 +102,19 @@ def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None
 
 def _call_grammar(service: Service, body: ChatBody) -> str | None:
     """Of an answer that must call, or may and then has to call strictly; None where it is free."""
-    choice = body.tool_choice or ToolChoice(CallMode.AUTO)
-    is_required = choice.mode is CallMode.REQUIRED
-    if not is_required and not any(tool.function.strict for tool in body.tools):
+    choice, tools = body.tool_choice, [tool.as_template_value() for tool in body.tools]
+    may_answer = choice is CallMode.AUTO
+    if may_answer and not any(tool.function.strict for tool in body.tools):
         return None
     assert service.tool_style is not None, "checked before"
-    limits = service.limits
-    for tool in body.tools:
-        parameters = tool.function.parameters or {}
-        check_schema(parameters, limits.max_schema_bytes, limits.max_schema_depth, "tools")
+    named = choice.function.name if isinstance(choice, NamedTool) else None
     grammar = partial(
         tool_grammar,
         service.tool_style,
-        [tool.as_template_value() for tool in body.tools],
-        name=choice.name,
-        parallel=body.parallel_tool_calls and choice.name is None,
-        may_answer=not is_required,
+        enforceable(tools),
+        name=named,
+        parallel=body.parallel_tool_calls and named is None,
+        may_answer=may_answer,
     )
     _try(service, grammar(), "tools")  # with tags spelled, as the checker has no model's tokens
     return grammar(tag_ids=service.tokenizer.added_ids)

@@ -1,10 +1,9 @@
 """What requests say of the form of an answer: JSON of a schema, and tools to call."""
 
-from dataclasses import dataclass
+import json
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-import orjson
 from pydantic import FailFast, Field, WithJsonSchema, model_validator
 from pydantic.functional_validators import PlainValidator
 
@@ -59,7 +58,12 @@ class Tool(Body):
 
     def as_template_value(self) -> dict[str, Any]:
         """As OpenAI spells it, which is what chat templates and grammars read."""
-        return self.model_dump(exclude_none=True, exclude_unset=True)
+        known = set(type(self.function).model_fields) & self.function.model_fields_set
+        given = {name: getattr(self.function, name) for name in type(self.function).model_fields}
+        return {
+            "type": self.type,
+            "function": {name: value for name, value in given.items() if name in known},
+        }
 
 
 class CallMode(StrEnum):
@@ -70,20 +74,25 @@ class CallMode(StrEnum):
     REQUIRED = "required"
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """name: of the function that must be called."""
+class NamedFunction(Body):
+    """The function that must be called."""
 
-    mode: CallMode
-    name: str | None = None
+    name: str
 
 
-def _tool_choice(value: object) -> ToolChoice:
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _tool_choice(value: object) -> CallMode | NamedTool:
     if isinstance(value, str) and value in list(CallMode):
-        return ToolChoice(CallMode(value))
+        return CallMode(value)
     match value:
-        case {"type": "function", "function": {"name": str(name)}}:
-            return ToolChoice(CallMode.REQUIRED, name)
+        case {"type": "function", "function": {"name": str()}}:
+            return NamedTool.model_validate(value)
     raise ValueError(
         'must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
     )
@@ -105,7 +114,9 @@ _CHOICE = {"anyOf": [{"enum": list(CallMode)}, _NAMED]}
 
 type Tools = Annotated[list[Tool], FailFast(), Bounded("max_tools", "tools")]
 """All that the model may call."""
-type AskedToolChoice = Annotated[ToolChoice, PlainValidator(_tool_choice), WithJsonSchema(_CHOICE)]
+type ToolChoice = Annotated[
+    CallMode | NamedTool, PlainValidator(_tool_choice), WithJsonSchema(_CHOICE)
+]
 """Every spelling of tool_choice."""
 
 
@@ -136,7 +147,15 @@ class CalledTool(Body):
 
 
 def _json(text: str) -> Any:  # noqa: ANN401
+    """Of arguments as a model wrote them, with numbers of any size; "" says that there are none."""
     try:
-        return orjson.loads(text or "{}")
-    except ValueError:
+        text.encode()
+        value = json.loads(text or "{}", parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character may be spelled, too
+        return value
+    except (ValueError, RecursionError):
         return None
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")

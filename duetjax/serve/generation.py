@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Self
 
 from duetjax.engine import EngineDead
@@ -73,12 +74,12 @@ class _Progress:
         delta = Delta(self.choice.index, text.text, output.token_ids, reason)
         if self.choice.new.sampling.logprobs is not None:
             delta = delta._replace(logprobs=self._scored(output, text))
-        return self._apart(delta), text.stopped
+        return self._apart(delta, text.offsets), text.stopped
 
-    def _apart(self, delta: Delta) -> Delta:
-        """Its text taken apart where the answer may have parts."""
+    def _apart(self, delta: Delta, offsets: Sequence[int]) -> Delta:
+        """Its text taken apart where the answer may have parts; offsets: see `TextDelta`."""
         if self._counts_reasoning:
-            self.reasoning.push(len(delta.token_ids), delta.text)
+            self.reasoning.push(offsets, delta.text)
         if self._parser is None:
             return delta
         parts, reason = self._parser.push(delta.text), delta.finish_reason
@@ -132,6 +133,7 @@ class Generation:
         self._unfinished_because = FinishReason.ABORT
         self._cause: AbortCause | None = None
         self._n = call.n
+        self._form = call.form
         self._submitted = arrived
         self._timings: dict[int, Timings] | None = {} if call.timings else None
         self.num_tokens = 0
@@ -286,7 +288,7 @@ class Generation:
         if not self._client.is_healthy:
             return engine_dead(not_running(self._client))
         if finish is FinishReason.CONSTRAINT:
-            return constraint_failed()
+            return constraint_failed(self._form.param)
         self._metrics.corrupted.inc()
         return non_finite_logits()
 

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from duetjax.config import MAX_BIAS, MAX_PRIORITY, InvalidRequest
 from duetjax.serve.fields import AtMost, Body, Bounded, check_limit, parsed
-from duetjax.serve.formats import AskedToolChoice, CalledTool, CallMode, ResponseFormat, Tools
+from duetjax.serve.formats import CalledTool, CallMode, ResponseFormat, ToolChoice, Tools
 from duetjax.serve.limits import Limits
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -281,7 +281,7 @@ class ChatBody(GenerationBody):
     messages: Annotated[Messages, Field(min_length=1)]
     chat_template_kwargs: dict[str, bool | str] = Field(default_factory=dict)
     tools: Tools = Field(default_factory=list)
-    tool_choice: AskedToolChoice | None = None
+    tool_choice: ToolChoice = CallMode.AUTO
     parallel_tool_calls: bool = True
     max_reasoning_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
@@ -297,8 +297,7 @@ class ChatBody(GenerationBody):
     @property
     def calls_tools(self) -> bool:
         """Whether the answer may call tools."""
-        mode = CallMode.AUTO if self.tool_choice is None else self.tool_choice.mode
-        return bool(self.tools) and mode is not CallMode.NONE
+        return bool(self.tools) and self.tool_choice is not CallMode.NONE
 
 
 def _check_neutral(name: str, value: object, neutral: tuple[object, ...]) -> None:

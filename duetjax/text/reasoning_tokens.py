@@ -1,6 +1,7 @@
 """Counts the tokens of a model's reasoning as its text grows."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 from duetjax.text.answer import END_THINK, THINK
 
@@ -19,11 +20,11 @@ class ReasoningTokens:
         self._length = 0
         self._tail = ""
 
-    def push(self, num_tokens: int, text: str) -> None:
-        """The next tokens, and the text that they have made certain."""
+    def push(self, starts: Sequence[int], text: str) -> None:
+        """The text's next piece, and where the tokens that it reaches begin in the whole."""
         if self._end is not None:
             return
-        self._starts += [self._length] * num_tokens
+        self._starts += starts
         if self._opening is not None:
             self._open(self._opening + text)
         joined = self._tail + text

@@ -197,7 +197,9 @@ class _ChatEncoder:
         if isinstance(value, str):
             return self._guard_text(value)
         if depth > _MAX_DEPTH:
-            raise InvalidRequest(f"a message or a tool is nested more than {_MAX_DEPTH} deep")
+            raise InvalidRequest(
+                f"a message or a tool is nested more than {_MAX_DEPTH} deep", param="messages"
+            )
         if isinstance(value, Mapping):
             return {self._guard_text(k): self.guard(v, depth + 1) for k, v in value.items()}
         if isinstance(value, Sequence):

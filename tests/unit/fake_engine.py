@@ -4,7 +4,8 @@ After a letter comes the next one, after "z" comes "<|end|>", after anything els
 temperature the steps are 1 + seed % 5 letters long, wrapping at "z". A token that is not allowed
 (a bias of -100, or a stop id before min_tokens) becomes "a"; a bias of 100 makes its token the only
 one. Token ids are those of `write_tokenizer`: one token per byte, so a text's tokens are its UTF-8
-bytes. Logprobs are those of `fake_executor.top_tokens`.
+bytes. Logprobs are those of `fake_executor.top_tokens`. Where a test dictates answers, they are
+nothing but what it says. Constraints are taken and not kept to.
 """
 
 import threading
@@ -18,7 +19,7 @@ from duetjax.policy.durations import Durations
 from duetjax.policy.flights import Pace
 from duetjax.policy.launch import StepResult, Ticket
 from duetjax.policy.limits import SchedulerLimits
-from duetjax.policy.request import NewRequest
+from duetjax.policy.request import Constraint, NewRequest, Permit
 from duetjax.policy.scheduler import Scheduler
 from duetjax.runtime.in_order import InOrder
 
@@ -57,7 +58,8 @@ class AlphabetExecutor(FakeExecutor):
     """Implements `in_order.Device`.
 
     `hold()` makes results wait, `step(n)` lets n of them through, `release()` all;
-    `break_down()` makes the next one raise. num_waiting: results that wait now, 0 or 1.
+    `break_down()` makes the next one raise. `say(*texts)` dictates the answers to whoever begins.
+    num_waiting: results that wait now, 0 or 1.
     """
 
     vocab_size = VOCAB_SIZE
@@ -67,6 +69,7 @@ class AlphabetExecutor(FakeExecutor):
         self._gate = threading.Condition()
         self._allowed: float = float("inf")
         self._broken = False
+        self._texts: tuple[bytes, ...] = ()
         self.num_waiting = 0
 
     def hold(self) -> None:
@@ -91,6 +94,10 @@ class AlphabetExecutor(FakeExecutor):
             self._allowed = float("inf")
             self._gate.notify_all()
 
+    def say(self, *texts: str) -> None:
+        """Answers are these texts, by seed, and "<|end|>"; without a text they are the alphabet."""
+        self._texts = tuple(text.encode() for text in texts)
+
     def result(self, ticket: Ticket, step: int = 0) -> StepResult:
         """A launch's samples, once the gate lets them through."""
         with self._gate:
@@ -106,6 +113,9 @@ class AlphabetExecutor(FakeExecutor):
         """The letter after the last token, as far as the parameters allow it."""
         params, sampling = state.params, state.params.sampling
         assert None not in (state.last, sampling.seed), state
+        if self._texts:
+            text = self._texts[sampling.seed % len(self._texts)]
+            return (*text, END)[min(state.position - params.num_prompt, len(text))]
         forced = [token for token, bias in sampling.biases if bias == 100]
         if forced:
             return forced[0]
@@ -114,6 +124,46 @@ class AlphabetExecutor(FakeExecutor):
             banned |= set(params.stop_ids)
         token = next_token(state.last, sampling.temperature, sampling.seed)
         return ord("a") if token in banned else token
+
+
+class OpenPermits:
+    """Implements `engine.Permits`: any token, and from `fail(...)` on a fault after some tokens."""
+
+    is_idle = True
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._most: float = float("inf")
+
+    def fail(self, after: float = 0) -> None:
+        """Who begins from now on goes no further than `after` tokens; infinity is for ever."""
+        self._most = after
+
+    def start(self, deliver: Callable[[Permit | None], None]) -> None:
+        """See `engine.Permits`."""
+        self._deliver = deliver
+
+    def begin(self, request_id: str, constraint: Constraint) -> None:
+        """See `engine.Permits`."""
+        self._counts[request_id] = 0
+        self._deliver(self._permit(request_id) or Permit(request_id, 0, steps=None))
+
+    def sampled(self, request_id: str, token: int | None) -> None:
+        """See `engine.Permits`."""
+        if request_id in self._counts:
+            self._counts[request_id] = 0 if token is None else self._counts[request_id] + 1
+            self._deliver(self._permit(request_id))
+
+    def end(self, request_id: str) -> None:
+        """See `engine.Permits`."""
+        self._counts.pop(request_id, None)
+
+    def close(self) -> None:
+        """See `engine.Permits`."""
+
+    def _permit(self, request_id: str) -> Permit | None:
+        count = self._counts[request_id]
+        return Permit(request_id, count, error="as the test asked") if count >= self._most else None
 
 
 class FakeEngine(EngineClient):
@@ -132,6 +182,7 @@ class FakeEngine(EngineClient):
         durations: Durations | None = None,
     ) -> None:
         self.executor = AlphabetExecutor()
+        self.permits = OpenPermits()
         self.submitted: list[str] = []
         self.requests: list[NewRequest] = []
         self.aborted: list[str] = []
@@ -147,7 +198,8 @@ class FakeEngine(EngineClient):
             prefill_buckets=(num_slots + 64,),
         )
         scheduler = Scheduler(limits, pace=Pace(durations))
-        super().__init__(scheduler, InOrder(self.executor), vocab_size=VOCAB_SIZE)
+        device = InOrder(self.executor)
+        super().__init__(scheduler, device, vocab_size=VOCAB_SIZE, permits=self.permits)
 
     def submit(self, new: NewRequest) -> None:
         """Passes on and remembers."""

@@ -12,6 +12,7 @@ from duetjax.serve.app import create_app
 from duetjax.serve.auth import PUBLIC_PATHS
 from duetjax.serve.limits import Limits
 from duetjax.serve.openapi import document
+from duetjax.text.answer import ReasoningStyle
 
 BODIES = {
     "/v1/completions": "CompletionBody",
@@ -165,9 +166,20 @@ def test_its_examples_are_taken_with_null_for_whatever_may_be_null(http, told, p
 def test_unknown_fields_are_forbidden_where_the_server_is_strict(written, told):
     for settings, expected in (({}, True), ({"strict_params": True}, False)):
         schemas = written(**settings)["components"]["schemas"]
-        for name in (*BODIES.values(), "Message", "StreamOptions"):
+        forms = ("ResponseFormat", "JsonSchemaFormat", "Tool", "FunctionDefinition", "CalledTool")
+        for name in (*BODIES.values(), *forms, "CalledFunction", "Message", "StreamOptions"):
             assert schemas[name]["additionalProperties"] is expected
         assert schemas["ChatCompletion"]["additionalProperties"] is False
+
+
+def test_a_budget_of_reasoning_is_there_where_the_server_knows_reasoning(written):
+    name = "max_reasoning_tokens"
+    for style, expected in ((None, False), (ReasoningStyle.QWEN3, True)):
+        schemas = written(reasoning_style=style)["components"]["schemas"]
+        field = schemas["ChatBody"]["properties"][name]
+        assert ("integer" in field.get("type", ())) is expected, field
+        assert (field.get("enum") == [None]) is not expected, field
+        assert "--reasoning-parser" in field["description"]
 
 
 def test_a_key_is_asked_for_where_the_server_asks_for_it(written, told):
