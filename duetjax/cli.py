@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--raw", action="store_true", help="continue the text itself, without the chat template"
     )
+    _add_parsers(generate)
     generate.add_argument("--max-tokens", type=int, help="default: until the context is full")
     generate.add_argument("--temperature", type=float, help="0 is greedy; default: the model's")
     generate.add_argument("--top-p", type=float, help="default: the model's")
@@ -111,20 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--strict-params", action="store_true", help="refuse unknown parameters, with 400"
     )
-    serve.add_argument(
-        "--tool-call-parser",
-        choices=("hermes", "llama3_json"),
-        help="how the model spells tool calls: hermes for Qwen, llama3_json for Llama 3",
-    )
+    _add_parsers(serve)
     serve.add_argument(
         "--enable-auto-tool-choice",
         action="store_true",
         help="taken for vLLM's sake: --tool-call-parser is enough",
-    )
-    serve.add_argument(
-        "--reasoning-parser",
-        choices=("qwen3", "deepseek_r1"),
-        help="how the model marks its reasoning",
     )
     serve.add_argument(
         "--log-format",
@@ -401,6 +393,19 @@ def _add_trace_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     plot.set_defaults(run=_trace_plot)
 
 
+def _add_parsers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tool-call-parser",
+        choices=("hermes", "llama3_json"),
+        help="how the model spells tool calls: hermes for Qwen, llama3_json for Llama 3",
+    )
+    command.add_argument(
+        "--reasoning-parser",
+        choices=("qwen3", "deepseek_r1"),
+        help="how the model marks its reasoning",
+    )
+
+
 def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     """What is simulated: fields of `SimulateRequest`."""
     parser.add_argument("--model", required=True, help="preset name, folder or hub id")
@@ -588,6 +593,8 @@ def _generate(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,
         load_format=args.load_format,
+        reasoning_parser=args.reasoning_parser,
+        tool_call_parser=args.tool_call_parser,
         **_engine_settings(args),
     )
     with llm:
@@ -603,11 +610,23 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _styles(args: argparse.Namespace) -> dict[str, Any]:
+    """How the model spells tool calls and reasoning, as a `Service` has them."""
+    from duetjax.text.answer import ReasoningStyle, ToolStyle
+
+    tools, reasoning = args.tool_call_parser, args.reasoning_parser
+    return {
+        "tool_style": None if tools is None else ToolStyle(tools),
+        "reasoning_style": None if reasoning is None else ReasoningStyle(reasoning),
+    }
+
+
 def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
     """Answers --input into --output; chosen: the parameters that flags gave."""
     from duetjax import batch
     from duetjax.build import ModelRequest, load
     from duetjax.build_service import build_service
+    from duetjax.constrain.checker import GrammarChecker
     from duetjax.run_batch import run_batch
 
     if args.max_tokens is not None:
@@ -626,9 +645,16 @@ def _generate_file(args: argparse.Namespace, chosen: dict[str, Any]) -> int:
             plain = batch.PlainText(batch.CHAT if chat else batch.COMPLETIONS, chosen)
             until_full = replace(service.defaults, max_tokens=model.max_model_len)
             service = replace(service, defaults=until_full)
-        service = replace(service, limits=OFFLINE, watchdog_s=args.watchdog_s)
+        checker = GrammarChecker(places=args.max_num_seqs * 2)  # nobody is turned away
+        service = replace(
+            service,
+            limits=OFFLINE,
+            watchdog_s=args.watchdog_s,
+            checker=checker,
+            **_styles(args),
+        )
         requests = batch.read_requests(args.input, plain)
-        with _shutting_down(model.engine):
+        with closing(checker), _shutting_down(model.engine):
             num_failed = run_batch(service, requests, output, total, 2 * args.max_num_seqs)
             output.finish()
     print(f"duetjax: {args.output}: {total} results, {num_failed} of them errors", file=sys.stderr)
@@ -657,7 +683,6 @@ def _serve(args: argparse.Namespace) -> int:
     from duetjax.build_service import build_service
     from duetjax.serve.server import HttpServer, bind
     from duetjax.serve.tracing import TraceFile
-    from duetjax.text.answer import ReasoningStyle, ToolStyle
 
     signal.signal(signal.SIGTERM, _end_by_signal)  # until the server drains on it
     if args.tensor_parallel != 1:
@@ -696,9 +721,10 @@ def _serve(args: argparse.Namespace) -> int:
             metrics_public=args.metrics_public,
             watchdog_s=args.watchdog_s,
             tbt_slo_ms=args.tbt_slo_ms,
-            tool_style=args.tool_call_parser and ToolStyle(args.tool_call_parser),
-            reasoning_style=args.reasoning_parser and ReasoningStyle(args.reasoning_parser),
+            **_styles(args),
         )
+        if service.tool_style is not None and not service.tokenizer.supports_tools:
+            _log.warning("the model's chat template does not show it the tools that it may call")
         server = HttpServer(service, listener, shutdown_timeout=args.shutdown_timeout, trace=trace)
         notice = f" ({model.notice})" if model.notice else ""
         with _shutting_down(model.engine):

@@ -1,19 +1,24 @@
 """OpenAI's own client against running servers: what an application that uses it sees.
 
-`python openai_client.py demo=URL locked=URL narrow=URL`, as tests/clients/run.py does; the same
-checks hold under openai 2 and 3.
+`python openai_client.py demo=URL calling=URL locked=URL narrow=URL`, as tests/clients/run.py does;
+the same checks hold under openai 2 and 3.
 """
 
 import asyncio
+import json
 import re
 import socket
 import sys
 import time
+from datetime import date
+from enum import Enum
 from importlib.metadata import version
 from itertools import pairwise
+from typing import Literal
 from urllib.request import urlopen
 
 import openai
+from pydantic import BaseModel, Field
 
 MODEL = "duetjax-demo"
 QUESTIONS = (
@@ -271,6 +276,204 @@ def check_refusals(client):
     assert error_of(openai.NotFoundError, client.embeddings.create, model=MODEL, input="a").code
 
 
+# One client, one server that knows tools and reasoning. The model was taught neither: whatever it
+# writes is what the grammar leaves it, so all that a schema asks for here is short.
+
+
+class Colour(Enum):
+    """A list of words, by reference."""
+
+    RED = "red"
+    BLUE = "blue"
+
+
+class Wheel(BaseModel):
+    """An object, by reference."""
+
+    spokes: int = Field(ge=0, le=99, description="how many")
+    colour: Colour = Colour.RED
+
+
+class Bicycle(BaseModel):
+    """What pydantic writes into schemas: titles, defaults, references, formats, null."""
+
+    kind: Literal["road", "city"]
+    name: str = Field(max_length=12, title="Its name")
+    built: date
+    bell: bool | None = None
+    front: Wheel
+    others: list[Wheel] = Field(default_factory=list, max_length=2)
+
+
+class Repair(BaseModel):
+    """Repairs a part of a bicycle."""
+
+    part: Literal["wheel", "bell", "chain"]
+    urgent: bool
+    wheel: Wheel | None
+
+
+class Sell(BaseModel):
+    """Sells a bicycle."""
+
+    price: int = Field(ge=1, le=500)
+
+
+TOOLS = [openai.pydantic_function_tool(Repair), openai.pydantic_function_tool(Sell)]
+UNTHINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+ONE_CALL = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+NAMED = {"type": "function", "function": {"name": "Sell"}}
+
+
+def parse(client, **parameters):
+    given = {"model": MODEL, "messages": ASKED, "temperature": 1, "extra_body": UNTHINKING}
+    return client.chat.completions.parse(**given | parameters).choices[0]
+
+
+def check_parse(client):
+    for seed in range(8):
+        choice = parse(client, response_format=Bicycle, seed=seed)
+        assert choice.finish_reason == "stop", choice
+        assert isinstance(choice.message.parsed, Bicycle), choice
+        assert choice.message.parsed == Bicycle.model_validate_json(choice.message.content)
+
+
+def check_parse_stream(client):
+    asked = {"model": MODEL, "messages": ASKED, "seed": 3, "extra_body": UNTHINKING}
+    with client.chat.completions.stream(response_format=Bicycle, **asked) as stream:
+        *_, done = [event for event in stream if event.type == "content.done"]
+        whole = stream.get_final_completion()
+    assert isinstance(done.parsed, Bicycle), done
+    assert whole.choices[0].message.parsed == done.parsed
+
+
+def check_parse_with_reasoning(client):
+    extra = {"max_reasoning_tokens": 9}
+    choice = parse(client, response_format=Bicycle, seed=1, extra_body=extra)
+    assert isinstance(choice.message.parsed, Bicycle), choice
+    assert choice.message.reasoning_content, choice
+
+
+def check_json_object(client):
+    close = {str(token): 100 for token in tokens_of(client, "}")}  # else it goes on for long
+    for seed in range(4):
+        answer = ask(
+            *(client,),
+            response_format={"type": "json_object"},
+            logit_bias=close,
+            temperature=1,
+            seed=seed,
+            extra_body=UNTHINKING,
+        )
+        assert answer.choices[0].finish_reason == "stop", answer
+        assert isinstance(json.loads(answer.choices[0].message.content), dict), answer
+
+
+def tokens_of(client, text):
+    url = str(client.base_url).removesuffix("v1/") + "tokenize"
+    body = {"model": MODEL, "prompt": text, "add_special_tokens": False}
+    return client.post(url, cast_to=object, body=body)["tokens"]
+
+
+def check_tools(client):
+    kinds = {"Repair": Repair, "Sell": Sell}
+    called = set()
+    for seed in range(8):
+        choice = parse(client, seed=seed, **ONE_CALL)
+        [call] = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls", choice
+        assert choice.message.content is None, choice
+        assert type(call.function.parsed_arguments) is kinds[call.function.name], call
+        called.add(call.id)
+    assert len(called) == 8
+    choice = parse(client, tools=TOOLS, tool_choice=NAMED)
+    assert [call.function.name for call in choice.message.tool_calls] == ["Sell"]
+
+
+def check_tools_after_reasoning(client):
+    choice = parse(client, seed=2, extra_body={"max_reasoning_tokens": 6}, **ONE_CALL)
+    assert choice.message.reasoning_content, choice
+    assert len(choice.message.tool_calls) == 1
+
+
+def check_tools_stream(client):
+    asked = {"model": MODEL, "messages": ASKED, "seed": 4, "extra_body": UNTHINKING} | ONE_CALL
+    with client.chat.completions.stream(**asked) as stream:
+        events = list(stream)
+        whole = stream.get_final_completion().choices[0]
+    told = "".join(
+        event.arguments_delta
+        for event in events
+        if event.type == "tool_calls.function.arguments.delta"
+    )
+    [done] = [event for event in events if event.type == "tool_calls.function.arguments.done"]
+    [call] = whole.message.tool_calls
+    assert told == done.arguments == call.function.arguments
+    assert isinstance(done.parsed_arguments, BaseModel), done
+    assert call.function.parsed_arguments == done.parsed_arguments
+    assert (whole.finish_reason, done.name) == ("tool_calls", call.function.name)
+    again = parse(client, **{k: v for k, v in asked.items() if k in ("seed", *ONE_CALL)})
+    assert again.message.tool_calls[0].function.arguments == told
+
+
+def check_tool_results(client):
+    choice = parse(client, seed=5, **ONE_CALL)
+    call = choice.message.tool_calls[0]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    turn = choice.message.model_dump(exclude_none=True)
+    answer = ask(client, messages=[*ASKED, turn, result], tools=TOOLS, max_tokens=4)
+    assert answer.usage.completion_tokens <= 4
+    bare = {"role": "assistant", "tool_calls": [call.model_dump()]}
+    assert ask(client, messages=[*ASKED, bare, result], tool_choice="none", max_tokens=4).choices
+
+
+def check_budgets(client):
+    for budget in (0, 1, 2, 7, 30):
+        for wanted in ({}, {"response_format": Bicycle}, ONE_CALL):
+            extra = {"max_reasoning_tokens": budget}
+            asked = {"model": MODEL, "messages": ASKED, "max_tokens": 300, "seed": 6}
+            answer = client.chat.completions.parse(**asked, extra_body=extra, **wanted)
+            used = answer.usage.completion_tokens_details.reasoning_tokens
+            assert used <= budget, (budget, answer.usage)
+            assert bool(wanted) <= (used == budget), (budget, answer.usage)
+
+
+def check_reasoning_stream(client):
+    asked = {
+        "max_tokens": 200,
+        "response_format": {"type": "json_schema", "json_schema": SMALL},
+        "extra_body": {"max_reasoning_tokens": 12},
+    }
+    whole = ask(client, **asked)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}, **asked))
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert thought == whole.choices[0].message.reasoning_content != ""
+    content = "".join(delta.content or "" for delta in deltas)
+    assert content == whole.choices[0].message.content
+    assert json.loads(content) in ("a", "b")
+    details = chunks[-1].usage.completion_tokens_details
+    assert details == whole.usage.completion_tokens_details
+    assert details.reasoning_tokens == 12
+
+
+SMALL = {"name": "letter", "schema": {"enum": ["a", "b"]}, "strict": True}
+
+
+def check_refusals_of_tools(client):
+    twice = [TOOLS[0], TOOLS[0]]
+    odd = {"name": "x", "schema": {"type": "nothing"}}
+    for parameters, param in (
+        ({"tools": twice}, "tools"),
+        ({"tool_choice": "required"}, "tools"),
+        ({"tools": TOOLS, "tool_choice": NAMED | {"function": {"name": "x"}}}, "tool_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": odd}}, "response_format"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+    ):
+        wrong = error_of(openai.BadRequestError, ask, client, **parameters)
+        assert (wrong.param, wrong.type) == (param, "invalid_request_error"), wrong
+
+
 # Servers of their own, several clients, and clients that leave.
 
 
@@ -312,7 +515,8 @@ def check_full_server(urls):
         with connect(
             url, max_retries=9, http_client=openai.DefaultHttpxClient(event_hooks=hooks)
         ) as client:
-            assert go_on(client).usage.completion_tokens == 16
+            whole = go_on(client, extra_body={"ignore_eos": True})
+            assert whole.usage.completion_tokens == 16
     statuses = [response.status_code for _, response in seen]
     assert statuses == [429] * (len(seen) - 1) + [200], statuses
     assert metric(url, "duetjax_refused_requests_total") - refusals == len(seen) - 1 >= 2
@@ -409,6 +613,11 @@ WITH_ONE_CLIENT = (
     *(check_several_choices, check_seeds, check_stop, check_most_tokens, check_parameters_of_vllm),
     *(check_objectives, check_headers, check_refusals),
 )
+WITH_TOOLS = (
+    *(check_parse, check_parse_stream, check_parse_with_reasoning, check_json_object, check_tools),
+    *(check_tools_after_reasoning, check_tools_stream, check_tool_results, check_budgets),
+    *(check_reasoning_stream, check_refusals_of_tools),
+)
 WITH_SERVERS = (
     *(check_keys, check_nobody_there, check_full_server, check_impatience, check_leaving),
     check_many_streams,
@@ -418,10 +627,11 @@ WITH_SERVERS = (
 def main():
     urls = dict(argument.split("=", 1) for argument in sys.argv[1:])
     print(f"openai {version('openai')}", flush=True)
-    with connect(urls["demo"]) as client:
-        for check in WITH_ONE_CLIENT:
-            check(client)
-            print(f"ok {check.__name__}", flush=True)
+    for name, checks in (("demo", WITH_ONE_CLIENT), ("calling", WITH_TOOLS)):
+        with connect(urls[name]) as client:
+            for check in checks:
+                check(client)
+                print(f"ok {check.__name__}", flush=True)
     for check in WITH_SERVERS:
         check(urls)
         print(f"ok {check.__name__}", flush=True)

@@ -24,6 +24,11 @@ HTTP = requests.Session()
 HTTP.trust_env = False
 ASKED = {"messages": [{"role": "user", "content": "What is TTFT?"}], "max_tokens": 4}
 CONTINUED = {"prompt": "Prefill is", "max_tokens": 4}
+LETTER = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a"]}}}
+NOTHING = {"type": "object", "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": NOTHING, "strict": True}}
+CALLING = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+THINKING = {"max_tokens": 90, "max_reasoning_tokens": 2}
 ALL_TOLD = {"return_token_ids": True, "temperature": 1, "n": 2}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -97,8 +102,13 @@ def check_answers(small, strict, narrow):
     for more in ({}, STREAM, ALL_TOLD, ALL_TOLD | STREAM):
         small.check(200, "POST", "/v1/chat/completions", ASKED | more | scored)
         small.check(200, "POST", "/v1/chat/completions", ASKED | more)
+        for asked in (CALLING, {"response_format": LETTER}):
+            told = ASKED | THINKING | asked
+            small.check(200, "POST", "/v1/chat/completions", told | more)
+            small.check(200, "POST", "/v1/chat/completions", told | more | scored)
         small.check(200, "POST", "/v1/completions", CONTINUED | more | {"logprobs": 2})
         small.check(200, "POST", "/v1/completions", CONTINUED | more | {"echo": True})
+    check_calls(small)
     for path in ("/v1/models", "/v1/limits", "/livez", "/readyz", "/health", "/metrics"):
         small.check(200, "GET", path)
     small.check(404, "GET", "/v1/models/other", template="/v1/models/{id}")
@@ -116,6 +126,20 @@ def check_answers(small, strict, narrow):
         next(lines)
         narrow.check(429, "POST", "/v1/completions", CONTINUED)
         narrow.check(200, "GET", "/livez")
+
+
+def check_calls(api):
+    """What an answer says can be said again, with the result of the call."""
+    asked = {"model": api.model, **ASKED, **THINKING, **CALLING}
+    [choice] = api.send("POST", "/v1/chat/completions", json=asked).json()["choices"]
+    turn = choice["message"]
+    assert turn["content"] is None, turn
+    assert turn["reasoning_content"], turn
+    [call] = turn["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "on"}
+    again = {"messages": [turn, result], "max_tokens": 4, "tools": [TOOL]}
+    api.check(200, "POST", "/v1/chat/completions", again)
+    api.check(400, "POST", "/v1/chat/completions", ASKED | {"tool_choice": "required"})
 
 
 def locked_out(api):

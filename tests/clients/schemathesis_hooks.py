@@ -22,6 +22,16 @@ RULES = (
     r"token id \d+ in logit_bias is not in \[0, \d+\)",  # a name has no maximum
     r"logit_bias must be given once for each token id,",  # "5" and "05"
     r"messages may not hold the private-use characters ",
+    r"messages\[\d+\]\.tool_calls\[\d+\]\.function: has arguments that are not ",
+    r"tools has '\w+' more than once;",
+    r"tool_choice asks for a call, but there are no tools",
+    r"tool_choice names '.*', which is not among the tools:",
+    r"tools need a server that was started with --tool-call-parser;",
+    r"tools: parameters of '.*' must be the JSON schema of an object",
+    r"response_format cannot be kept by an answer that may call tools;",
+    r"(min_tokens|ignore_eos) \w+ cannot be kept where the answer has to follow a grammar,",
+    r"the schema (cannot be used:|has \d+ bytes;|is nested more than \d+ deep;) ",
+    r"a message or a tool is nested more than \d+ deep",
 )
 
 
@@ -29,8 +39,10 @@ RULES = (
 def before_call(context, case, kwargs):
     """JSON Schema takes 5.0 for an integer, this server does not; stream_options needs a stream.
 
-    A trace that may be had takes no time.
+    A trace that may be had takes no time. A name in the query with an empty list is sent at all.
     """
+    if case.query:
+        case.query = {name: "" if value == [] else value for name, value in case.query.items()}
     if case.path == "/debug/trace" and _is_number((case.query or {}).get("seconds", "5")):
         case.query = {**(case.query or {}), "seconds": "0.01"}
     body = _whole(case.body)
@@ -41,6 +53,8 @@ def before_call(context, case, kwargs):
 
 
 def _is_number(text):
+    if isinstance(text, list) and len(text) == 1:  # spelled as what it holds
+        text = text[0]
     try:
         return 0 < float(text) <= 60
     except (TypeError, ValueError):

@@ -127,7 +127,7 @@ class Answer:
     def walk(self, dice, most=400, *, avoid=(), choose=random.Random.choice):
         """Says what it may, at random, until it ends."""
         while not (self.has_ended or self.error) and len(self.tokens) < most:
-            choices = [token for token in self.choices if token not in avoid]
+            choices = [token for token in self.choices if token not in avoid] or self.choices
             assert choices, f"nothing is allowed after {self.text!r}"
             self.say(choose(dice, choices))
         assert not self.error, f"{self.error} after {self.text!r}"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -338,8 +339,8 @@ def test_the_child_says_what_fault_says(checking):
 
 @pytest.mark.parametrize("name", ["1 MB of enum", "1,000 deep", "(a+)+b", "an endless tree"])
 def test_a_hostile_schema_gets_an_answer_of_the_child_too(checking, name):
-    text = grammar(HOSTILE[name])
-    said_of(checking, text)
+    with suppress(InvalidRequest):  # some are refused before they come there
+        said_of(checking, grammar(HOSTILE[name]))
     assert said_of(checking, GOOD) is None
 
 

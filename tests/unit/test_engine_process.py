@@ -86,7 +86,7 @@ def test_it_says_of_itself_what_one_in_this_process_says(engine):
 
 def test_every_member_that_serving_needs_is_there(engine):
     names = {name for name in vars(Engine) if not name.startswith("_")}
-    assert names <= {*dir(EngineProcess), "limits", "vocab_size", "rung"}
+    assert names <= {*dir(EngineProcess), "limits", "vocab_size", "constrains", "rung"}
     assert names <= {*dir(loaded(own_process=False))}
 
 

@@ -110,7 +110,7 @@ def test_a_prompt_that_closes_the_reasoning_leaves_none(deepseek):
         ("  <think>abc</think>de", 3),
         ("<think>ü</think>", 2),
         ("<think></think>de", 0),
-        ("<think>abc", 4),  # the end of the answer is one of them
+        ("<think>abc", 3),
         ("<think", 0),
         ("</think>abc", 0),
         ("a<think>abc</think>", 0),
@@ -224,10 +224,13 @@ def test_a_budget_is_no_grammar_and_leaves_other_parameters_alone(served, http):
         assert chat(http, max_reasoning_tokens=3, **other).status_code == 200
 
 
-def test_where_the_prompt_closes_the_reasoning_a_budget_of_none_is_still_kept(served, http):
+def test_where_the_prompt_closes_the_reasoning_a_budget_is_still_kept(served, deepseek):
     """A model may write <think> all the same."""
-    served.engine.executor.say("<think>abc</think>de")
-    assert reasoning_tokens(http, max_reasoning_tokens=0, **CLOSED) == 0
+    for each in (served, deepseek):
+        each.engine.executor.say("4")
+        free = Reasoning("<think>", "</think>", has_begun=False, max_tokens=0)
+        assert constraint(each, max_reasoning_tokens=0, **CLOSED) == Constraint(None, free)
+        assert constraint(each, **CLOSED) is None
 
 
 @pytest.mark.parametrize(

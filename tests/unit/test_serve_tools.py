@@ -355,8 +355,14 @@ def test_turns_that_cannot_be_are_refused_by_name(http, turn, param):
     assert (error["param"], error["code"]) == (f"messages[1]{param}", "invalid_value")
 
 
+def test_arguments_without_text_are_none(http):
+    called = CALLED["tool_calls"][0] | {"function": {"name": "clock", "arguments": ""}}
+    turn = {"role": "assistant", "tool_calls": [called]}
+    assert prompt_of(http, messages=[*ASKED, turn]) == "[user]hello[assistant]{c1 clock }>"
+
+
 @pytest.mark.parametrize(
-    "arguments", ["", "x", "5", "null", "[]", '{"a":', '{"a": NaN}', "{}{}", '{"\\ud800": 1}', " "]
+    "arguments", ["x", "5", "null", "[]", '{"a":', '{"a": NaN}', "{}{}", '{"\\ud800": 1}', " "]
 )
 def test_arguments_that_are_no_json_object_are_refused(http, arguments):
     called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -366,7 +372,7 @@ def test_arguments_that_are_no_json_object_are_refused(http, arguments):
     assert "JSON object" in error["message"]
 
 
-@pytest.mark.parametrize("depth", [90, 150, 300, 900])
+@pytest.mark.parametrize("depth", [60, 150, 300, 900])
 @pytest.mark.parametrize("where", ["arguments", "parameters"])
 def test_what_is_nested_too_deep_to_be_shown_is_refused(http, depth, where):
     deep = "{" + '"city": {' * depth + "}" * depth + "}"
@@ -378,7 +384,7 @@ def test_what_is_nested_too_deep_to_be_shown_is_refused(http, depth, where):
         tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
         body = {"tools": [tool]}
     response = chat(http, max_tokens=1, **body)
-    if depth < 100:
+    if depth == 60:
         assert response.status_code == 200, response.text
         return
     error = error_of(response)
