@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,9 @@ from duetjax.runtime.memory import MemoryPlan, plan_memory
 from duetjax.runtime.programs import Buckets, Leaves, Programs, Upkeep
 from duetjax.runtime.slot_state import SlotShapes
 from duetjax.runtime.store import ProgramStore, default_folder
-from duetjax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from duetjax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def build_engine(
     engine: EngineConfig,
     *,
     load_format: str = "auto",
-    tokenizer: Tokenizer | None = None,
+    tokenizer: "Tokenizer | None" = None,
 ) -> tuple[EngineClient, MemoryPlan]:
     """An engine that has its weights and programs and waits for `start`; see `prepare`.
 
