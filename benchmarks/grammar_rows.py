@@ -2,7 +2,9 @@
 
 Rows decode together on the demo model, some of them under a JSON schema; runs with and without
 them alternate in one process. Then masks of the schema are computed token by token for the demo's
-vocabulary and for one of 131,072 made-up tokens. Last line: one JSON document.
+vocabulary and for one of 131,072 made-up tokens. Last, the same rows decode on a simulated device
+in launches of 8 steps while prompts prefill beside them: are gaps within the objective? Last line:
+one JSON document.
 
     python benchmarks/grammar_rows.py [--rows 16] [--grammars 1 4] [--repeats 5]
 """
@@ -18,6 +20,7 @@ import string
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import tokenizers
 from checkout import commit
@@ -46,6 +49,9 @@ SCHEMA = {
 }
 """Long enough that answers end by their max_tokens."""
 TOKENS = 200
+GAPS = 400
+STEP_MS = 5.0
+OBJECTIVE_MS = 50.0
 LARGE = 2**17
 
 
@@ -124,6 +130,60 @@ def made_up(size: int) -> str:
     return str(tokenizer.to_str())
 
 
+def beside_prompts(rows: int, constrained: int) -> dict[str, float]:
+    """Gaps in ms on a simulated device: 5 ms a decode step, k = 8, prompts coming all the time."""
+    model = load(
+        ModelRequest(),
+        EngineConfig(
+            device="sim",
+            sim_step_ms=(STEP_MS, 60.0),
+            policy="static-split",
+            look_ahead=8,
+            max_num_seqs=rows + 4,
+            enable_prefix_caching=False,
+        ),
+    )
+    outputs: queue.SimpleQueue[StepOutputs] = queue.SimpleQueue()
+    model.engine.start(outputs.put)
+    ks: list[int] = []
+    model.engine.watch_launches(
+        lambda launches: ks.extend(each.k for each in launches if each.program == "decode")
+    )
+    constraint, times, waiting = Constraint(grammar()), dict[str, list[float]](), set[str]()
+    for row in range(rows):
+        is_constrained = row < constrained
+        tokens = GAPS // 16 - 2 if is_constrained else GAPS  # one every other launch
+        params = SamplingParams(seed=row, max_tokens=tokens, ignore_eos=not is_constrained)
+        [new] = model.new_requests(f"row {row}", (7,) * 200, params)
+        times[new.id] = []
+        waiting.add(new.id)
+        model.engine.submit(replace(new, constraint=constraint if is_constrained else None))
+    began, number = time.perf_counter(), 0
+    while waiting:
+        if time.perf_counter() - began > 0.2 * number:
+            number += 1
+            params = SamplingParams(seed=number, max_tokens=1)
+            [prompt] = model.new_requests(f"prompt {number}", (9,) * 3000, params)
+            model.engine.submit(prompt)
+        outputs_now, now = outputs.get(), time.perf_counter()
+        for output in outputs_now:
+            if output.id in times:
+                times[output.id] += [now] * len(output.token_ids)
+            if output.finish is not None:
+                waiting.discard(output.id)
+    model.engine.shutdown(10)
+    gaps = [sorted(1e3 * (b - a) for a, b in pairwise(each)) for each in times.values()]
+    own, plain = gaps[:constrained], sorted(gap for each in gaps[constrained:] for gap in each)
+    under = sorted(gap for each in own for gap in each)
+    return {
+        "plain_p99_ms": plain[int(0.99 * len(plain))],
+        "plain_met": sum(gap <= OBJECTIVE_MS for gap in plain) / len(plain),
+        "grammar_p99_ms": under[int(0.99 * len(under))] if under else float("nan"),
+        "grammar_met": sum(gap <= OBJECTIVE_MS for gap in under) / max(1, len(under)),
+        "mean_k": statistics.fmean(ks),
+    }
+
+
 def _mean_ms(times: Sequence[float]) -> float:
     return 1e3 * (times[-1] - times[0]) / (len(times) - 1)
 
@@ -171,7 +231,13 @@ def main() -> None:
         median, late = took[len(took) // 2], took[int(0.99 * len(took))]
         masks.append({"vocabulary": size, "median_us": median, "p99_us": late})
         print(f"a mask, vocabulary of {size} ({name}): median {median:.0f} us, 99 % {late:.0f} us")
+    print(f"simulated, {STEP_MS:g} ms a step, objective {OBJECTIVE_MS:g} ms, prompts coming:")
+    simulated = {count: beside_prompts(args.rows, count) for count in (0, 1)}
+    for count, told in simulated.items():
+        facts = ", ".join(f"{name} {value:.3g}" for name, value in told.items())
+        print(f"{count:3} under a grammar: {facts}")
     document = {
+        "simulated": simulated,
         "benchmark": "grammar_rows",
         "rows": args.rows,
         "cells": cells,

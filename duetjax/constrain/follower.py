@@ -74,10 +74,11 @@ def vocabulary(tokenizer_json: str, size: int, eos_token_ids: list[int]) -> Voca
 
     size: of the logits; a tokenizer may know more ids, which nothing can sample, or fewer.
     """
-    own = LLTokenizer(tokenizer_json, eos_token=eos_token_ids)
-    if own.vocab_size < size:
-        own = LLTokenizer(tokenizer_json, n_vocab=size, eos_token=eos_token_ids)
-    return Vocabulary(own, size)
+    try:
+        tokenizer = LLTokenizer(tokenizer_json, n_vocab=size, eos_token=eos_token_ids)
+    except ValueError:  # it knows more
+        tokenizer = LLTokenizer(tokenizer_json, eos_token=eos_token_ids)
+    return Vocabulary(tokenizer, size)
 
 
 class Compiled:
