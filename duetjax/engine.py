@@ -362,7 +362,7 @@ class EngineClient:
         while (inbox := self._next_inbox()) is not None:
             self._waits.round_began(self._clock())
             outputs = self._take_in(inbox)
-            if self._scheduler.awaits_permits:
+            if self._constrained and self._scheduler.awaits_permits:
                 outputs += self._take_in(self._next_permits())
             launches: tuple[Launch, ...] = ()
             if self._phase is _Phase.RUNNING:
@@ -425,6 +425,8 @@ class EngineClient:
 
     def _awaited_permits(self) -> float | None:
         """Since when the next one is waited for, if one is."""
+        if not self._constrained:
+            return None
         awaits = self._unpermitted or self._scheduler.awaits_permits
         return self._permitted_at if awaits else None
 

@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping
 from decimal import Decimal
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from duetjax.config import InvalidRequest, SamplingParams, StructuredOutputsParams
+from duetjax.text.tool_grammar import JSON_LAYOUT
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -37,12 +38,6 @@ _LOOKED_AT: Final = 8  # tokens of an answer, before it is asked for
 _MOST_BYTES: Final = 1 << 20
 _MOST_DEPTH: Final = 200
 """Of schemas that a program brings, which is no stranger."""
-_LAYOUT: Final["JsonCompileOptions"] = {
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "whitespace_flexible": False,
-}
-"""On one line, as Python writes it: with free space, a model can write nothing else for ever."""
 
 
 def check_schema(schema: object, max_bytes: int, max_depth: int, param: str) -> None:
@@ -83,7 +78,9 @@ def json_grammar(
     check_schema(schema, max_bytes, max_depth, param)
     try:
         text = json.dumps({} if schema is True else enforceable(schema))
-        return LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        return LLMatcher.grammar_from_json_schema(
+            text, overrides=cast("JsonCompileOptions", JSON_LAYOUT)
+        )
     except (ValueError, RecursionError) as error:
         reason = one_line(str(error))
         raise InvalidRequest(f"the schema cannot be used: {reason}", param=param) from None

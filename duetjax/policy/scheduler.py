@@ -193,8 +193,8 @@ class Scheduler:
         launches = []
         while (launch := self._next_launch()) is not None:
             launches.append(launch)
-        can_run = bool(self._flights) or self.awaits_permits
-        assert can_run or not self.has_work, f"nothing can run: {self.stats()}"
+        can_run = self._flights or not self.has_work or self.awaits_permits
+        assert can_run, f"nothing can run: {self.stats()}"
         return tuple(launches)
 
     def _next_launch(self) -> Launch | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from duetjax.text.call_scanner import CallScanner
+from duetjax.text.call_scanner import CallScanner, match_end
 
 THINK, END_THINK = "<think>", "</think>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
@@ -236,7 +236,7 @@ class AnswerParser:
 
     def _after_call(self, text: str, at: int) -> int:
         """Behind a call's object."""
-        at = _match_end(_AFTER_CALL, text, at)
+        at = match_end(_AFTER_CALL, text, at)
         if at == len(text) or self._hold(END_TOOL_CALL, text, at):
             return len(text)
         tag = END_TOOL_CALL if text.startswith(END_TOOL_CALL, at) else ""
@@ -262,7 +262,7 @@ class AnswerParser:
 
     def _wait(self, text: str, at: int) -> int:
         """Keeps whitespace waiting; gives where it ends."""
-        end = _match_end(_BLANK, text, at)
+        end = match_end(_BLANK, text, at)
         self._waiting.append(text[at:end])
         return end
 
@@ -313,9 +313,3 @@ class AnswerParser:
 
 
 type _State = Callable[[str, int], int]
-
-
-def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    match = pattern.match(text, at)
-    assert match is not None, f"{pattern.pattern} matches the empty string"
-    return match.end()

@@ -90,11 +90,11 @@ class CallScanner:
             case _Next.IN_VALUE:
                 return self._in_value(text, at)
             case _Next.IN_SCALAR:
-                end = _match_end(_SCALAR, text, at)
+                end = match_end(_SCALAR, text, at)
                 if end < len(text):
                     self._next = _Next.COMMA
                 return end
-        at = _match_end(_BLANK, text, at)
+        at = match_end(_BLANK, text, at)
         return at if at == len(text) else self._at_mark(text[at], at)
 
     def _at_mark(self, mark: str, at: int) -> int:
@@ -188,7 +188,7 @@ class _Nested:
                 self._is_escaped = False
                 at += 1
                 continue
-            at = _match_end(_TEXT if self._in_string else _BETWEEN, text, at)
+            at = match_end(_TEXT if self._in_string else _BETWEEN, text, at)
             if at < len(text):
                 self._turn(text[at])
                 at += 1
@@ -205,7 +205,8 @@ class _Nested:
         self.is_over = not self._in_string and self._depth == 0
 
 
-def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
+def match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where what a pattern matches at a place ends; it may be nothing."""
     match = pattern.match(text, at)
     assert match is not None, f"{pattern.pattern} matches the empty string"
     return match.end()

@@ -8,9 +8,9 @@ from typing import Any, Final
 from duetjax.config import InvalidRequest
 from duetjax.text.answer import END_TOOL_CALL, TOOL_CALL, ToolStyle
 
-# On one line, as chat templates show calls: with free space, a model can write nothing else for
-# ever.
-_LAYOUT: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+JSON_LAYOUT: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+"""llguidance's options for JSON on one line, as Python writes it and chat templates show calls:
+with free space, a model can write nothing else for ever."""
 _NEWLINES: Final = r"/\n{0,2}/"
 
 
@@ -80,7 +80,7 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
             f"tools: parameters of {function['name']!r} must be the JSON schema of an object",
             param="tools",
         )
-    layout = {**_LAYOUT, "lenient": not function.get("strict")}
+    layout = {**JSON_LAYOUT, "lenient": not function.get("strict")}
     return {**parameters, "type": "object", "x-guidance": layout}
 
 

@@ -72,7 +72,8 @@ RULES = {
     ),
     "duetjax.form": Rule(ours=("duetjax.policy.request", "duetjax.text")),
     "duetjax.constrain": Rule(
-        ours=("duetjax.config", "duetjax.policy.request"), theirs=("llguidance", "numpy")
+        ours=("duetjax.config", "duetjax.policy.request", "duetjax.text.tool_grammar"),
+        theirs=("llguidance", "numpy"),
     ),
     "duetjax.engine": Rule(ours=("duetjax.config", "duetjax.policy", "duetjax.watchdog")),
     "duetjax.wire": Rule(ours=("duetjax.config", "duetjax.policy")),
