@@ -1,6 +1,6 @@
 """Prefill by our kernel, by cuDNN's attention on the dense equivalent, and by XLA's kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -10,7 +10,15 @@ from pallas_kernels import xla, xla_fixed
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.pages import FP8
-from pallas_kernels.timing import CALLS, Attention, PrefillLoad, seconds_per_call
+from pallas_kernels.tiles import MOST_BLOCKS, Tiling
+from pallas_kernels.timing import (
+    CALLS,
+    TABLE_TOKENS,
+    Attention,
+    PrefillLoad,
+    in_wide_table,
+    seconds_per_call,
+)
 
 LLAMA, LLAMA_FP8 = Heads(32, 8, 128, 2), Heads(32, 8, 128, 2, 1)
 LOADS = (
@@ -19,7 +27,9 @@ LOADS = (
     PrefillLoad(4, 2048, 0, LLAMA, 64, "bfloat16"),
     PrefillLoad(16, 512, 0, LLAMA, 64, "bfloat16"),
     PrefillLoad(1, 2048, 6144, LLAMA, 64, "bfloat16"),
+    PrefillLoad(1, 256, 0, LLAMA, 64, "bfloat16"),
     PrefillLoad(1, 256, 7936, LLAMA, 64, "bfloat16"),
+    PrefillLoad(1, 32, 32736, LLAMA, 64, "bfloat16"),
     PrefillLoad(1, 8192, 0, LLAMA, 16, "bfloat16"),
     PrefillLoad(1, 8192, 0, LLAMA_FP8, 64, FP8),
     PrefillLoad(1, 8192, 0, Heads(40, 8, 128, 2), 64, "float16"),
@@ -39,11 +49,13 @@ TOYS = (
 class Row:
     """What was measured for one load, in 10^12 FLOPs per second of both products.
 
-    cudnn_tflops: None where there are keys before the queries or in fp8, and without a GPU.
+    uncut_microseconds: with no row's keys cut into spans, where there are too few tiles to fill a
+    GPU. cudnn_tflops: None where there are keys before the queries or in fp8, and without a GPU.
     """
 
     load: PrefillLoad
     microseconds: float
+    uncut_microseconds: float | None
     tflops: float
     cudnn_tflops: float | None
     xla_tflops: float
@@ -51,21 +63,31 @@ class Row:
 
     def __str__(self) -> str:
         load, (H, K, D) = self.load, self.load.heads[:3]
+        uncut = self.uncut_microseconds
+        uncut = f"{'-':>9}" if uncut is None else f"{uncut:9.1f}"
         cudnn = "-" if self.cudnn_tflops is None else f"{self.cudnn_tflops:.0f}"
         return (
             f"{load.rows:4} {load.new:5} {load.cached:6} {f'{H}/{K}':>6} {D:4} {load.page_size:4}"
-            f" {self.microseconds:10.1f} {self.tflops:8.1f} {cudnn:>6} {self.xla_tflops:6.1f}"
-            f" {self.worst_error:.1e}"
+            f" {self.microseconds:10.1f} {uncut} {self.tflops:8.1f} {cudnn:>6}"
+            f" {self.xla_tflops:6.1f} {self.worst_error:.1e}"
         )
 
 
-HEADER = "rows   new cached    H/K    D    S         us  TFLOP/s  cuDNN    XLA error"
+HEADER = "rows   new cached    H/K    D    S         us     uncut  TFLOP/s  cuDNN    XLA error"
 
 
 def measured(load: PrefillLoad, kernels: MosaicKernels, *, on_gpu: bool) -> Row:
     """Times all three, and compares ours with XLA's."""
     operands = load.operands()
-    seconds = seconds_per_call(kernels.prefill_attention, operands, CALLS if on_gpu else 1)
+    q, pages, table, *rows = operands
+    ours = (q, pages, in_wide_table(table, load.page_size) if on_gpu else table, *rows)
+    calls = CALLS if on_gpu else 1
+    seconds = seconds_per_call(kernels.prefill_attention, ours, calls)
+    uncut = None
+    blocks = Tiling.of(load.heads.num_heads // load.heads.num_kv_heads).blocks(*q.shape[:2])
+    if on_gpu and 2 * blocks <= MOST_BLOCKS:
+        whole = replace(kernels, tuning=replace(kernels.tuning, prefill_span=TABLE_TOKENS))
+        uncut = seconds_per_call(whole.prefill_attention, ours, calls) * 1e6
     others = seconds_per_call(xla_fixed.prefill_attention, operands, 1)
     dense = None
     if on_gpu and load.cached == 0 and load.dtype != FP8:
@@ -74,6 +96,7 @@ def measured(load: PrefillLoad, kernels: MosaicKernels, *, on_gpu: bool) -> Row:
     return Row(
         load,
         seconds * 1e6,
+        uncut,
         load.flops / seconds / 1e12,
         dense,
         load.flops / others / 1e12,

@@ -17,7 +17,6 @@ from pallas_kernels.decode import decode_chunks
 from pallas_kernels.pages import FP8, Pages, ScaledPages, parts
 from pallas_kernels.prefill import prefill_tiles
 from pallas_kernels.shapes import PLAIN_SCORES, Scores, Sizes, Tuning
-from pallas_kernels.tiles import Tiling, tile_list
 from pallas_kernels.work_list import rows_within, work_list
 from pallas_kernels.write import write_tokens
 
@@ -146,9 +145,8 @@ def _prefill(
     T, limit = q.shape[0], page_table.shape[1] * sizes.page_size
     row_offsets, cached_lengths = rows_within(row_offsets, cached_lengths, T, limit)
     first, counts = row_offsets[:-1], row_offsets[1:] - row_offsets[:-1]
-    tiling = Tiling.of(sizes.group)
-    work = tile_list(row_offsets, cached_lengths, T, tiling, sizes.chunks.window)
-    out, lse = prefill_tiles(q, pages, page_table, work, sizes, scales)
+    rows = row_offsets, cached_lengths
+    out, lse = prefill_tiles(q, pages, page_table, rows, sizes, scales)
     is_one = counts == 1
     lengths = jnp.where(is_one, cached_lengths + 1, 0)
     queries = q[jnp.minimum(first, T - 1)]

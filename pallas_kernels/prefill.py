@@ -5,11 +5,12 @@ loads keys and values, two compute 64 queries each and take turns, so that one h
 while the other has its softmax. In a turn a warpgroup begins two products back to back, of queries
 with the next keys and of the last weights with their values: no softmax lies between them.
 `pallas_kernels.tiles` says which tiles there are. The hardware hands them, longest first, to
-whichever multiprocessor is free, of all or of a slice.
+whichever multiprocessor is free, of all or of a slice. Tiles that are too few to fill it have a
+block per span of keys, and `combine` puts the spans together, as decode's chunks.
 
 A query takes in keys in steps that begin at position 0 of its row. A step of which it sees nothing
-leaves its sums as they are, so its bits depend on its own keys alone: not on the other queries of
-its tile, nor on how its row was cut into chunks.
+leaves its sums as they are, so its bits depend on its own row alone, and not on the other queries
+of its tile; nor do they on how its row was cut into chunks, where there is but one span.
 """
 
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.combine import combine_spans
 from pallas_kernels.prefill_block import Block, K, Row, Tile, V, scratch
 from pallas_kernels.prefill_load import Loader
 from pallas_kernels.shapes import WGMMA_ROWS, Ref, Sizes
 from pallas_kernels.softmax import FP8_WEIGHTS, LN_2, LOG2_E, Softmax, scaled
-from pallas_kernels.tiles import WARPGROUPS, TileList, Tiling
+from pallas_kernels.tiles import WARPGROUPS, Spans, Tiling, tile_list
 from pallas_kernels.wgmma import sums
 
 MOST_REGISTERS, FEWEST_REGISTERS = 232, 40
@@ -43,33 +45,44 @@ def prefill_tiles(
     q: jax.Array,
     pages: jax.Array,
     page_table: jax.Array,
-    work: TileList,
+    rows: tuple[jax.Array, jax.Array],
     sizes: Sizes,
     scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of all queries in rows of two or more; others get 0, and minus infinity.
 
-    q [T, H, D]; pages [P, K, 2, S, D]; page_table [R, M]; scales [P, K, 2] float32, of pages in fp8
+    q [T, H, D]; pages [P, K, 2, S, D]; page_table [R, M]; rows: row_offsets [R + 1] and
+    cached_lengths [R], as `rows_within` gives them; scales [P, K, 2] float32, of pages in fp8
     alone: what their values are multiples of. Returns [T, H, D] in q's dtype, and the natural
     log-sum-exps of scores [T, H] float32.
     """
     T, H, D = q.shape
-    tiling = Tiling.of(sizes.group)
+    tiling, window = Tiling.of(sizes.group), sizes.chunks.window
+    blocks, most_keys = tiling.blocks(T, H), page_table.shape[1] * sizes.page_size
+    if window is not None:
+        most_keys = min(most_keys, window + T)
+    spans = Spans.of(blocks, most_keys, sizes.tuning.prefill_span, sizes.tuning.prefill_step)
+    work = tile_list(*rows, T, tiling, spans, window)
     count = work.tiles.shape[0]
-    blocks = count * H // tiling.heads
     queries = q.astype(sizes.operand_dtype)
     # Boxes of 8 tokens, two at least: where there is one, TMA is not told which of them is meant.
     spare = -T % 8 if T > 16 else 16 - T
     queries = jnp.pad(queries, ((0, spare), (0, 0), (0, 0)))
+    groups = blocks * WARPGROUPS
+    results = [
+        jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        jax.ShapeDtypeStruct((groups, WGMMA_ROWS), jnp.float32),
+    ]
+    if spans.most > 1:
+        shape = (spans.most * groups, WGMMA_ROWS)
+        results.append(jax.ShapeDtypeStruct((*shape, D), jnp.float32))
+        results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     run: Any = plgpu.kernel(
-        lambda *refs: _run(sizes, tiling, *refs),
-        out_type=(
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-            jax.ShapeDtypeStruct((blocks * WARPGROUPS, WGMMA_ROWS), jnp.float32),
-        ),
+        lambda *refs: _run(sizes, tiling, spans, *refs),
+        out_type=tuple(results),
         scratch_types=scratch(sizes, tiling),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        grid=(blocks,),
+        grid=(blocks * spans.most,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -77,25 +90,33 @@ def prefill_tiles(
     )
     of_pages = [] if scales is None else [scales.reshape(-1)]
     pages = pages.reshape(-1, sizes.page_size, D)
-    out, lse = run(queries, pages, page_table, *work, *of_pages)
+    out, lse, *of_spans = run(queries, pages, page_table, *work, *of_pages)
+    if of_spans:
+        out, lse = combine_spans(out, lse, of_spans, work.tiles, tiling)
     lse = lse.reshape(count, -1, WARPGROUPS, tiling.heads, tiling.group_tokens)
     lse = lse.transpose(0, 2, 4, 1, 3).reshape(-1, H)
     return out[:T].astype(q.dtype), lse[:T]
 
 
-def _run(sizes: Sizes, tiling: Tiling, *refs: Ref) -> None:
+def _run(sizes: Sizes, tiling: Tiling, spans: Spans, *refs: Ref) -> None:
     """What each warpgroup of a block does."""
-    group = lax.axis_index("warpgroup")
+    group, block = lax.axis_index("warpgroup"), (sizes, tiling, spans, *refs)
 
-    @pl.when(group < WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(MOST_REGISTERS, action="increase")
-        _Attention(sizes, tiling, *refs).run(group)
+    def work() -> None:
+        @pl.when(group < WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(MOST_REGISTERS, action="increase")
+            _Attention(*block).run(group)
 
-    @pl.when(group == WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(FEWEST_REGISTERS, action="decrease")
-        Loader(sizes, tiling, *refs).run()
+        @pl.when(group == WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(FEWEST_REGISTERS, action="decrease")
+            Loader(*block).run()
+
+    if spans.most == 1:
+        work()
+    else:
+        pl.when(Block(*block).has_work())(work)
 
 
 class _State(NamedTuple):
@@ -282,19 +303,35 @@ class _Attention(Block):
         plgpu.barrier_arrive(self.free.at[which * self.stages + slot])
 
     def store(self, tile: Tile, state: Softmax) -> None:
-        """Writes results, where the queries were until now; 0 for those that have seen no key."""
+        """Writes results: the tile's, or those of its span; 0 for queries that have seen no key."""
         has_keys = state.total > 0
         share = jnp.where(has_keys, 1 / jnp.where(has_keys, state.total, 1), 0)
         share = share * (1.0 if self.scales is None else 1 / FP8_WEIGHTS)
         values = state.values * lax.broadcast_in_dim(share, state.values.shape, [0])
+        log_sums = jnp.where(has_keys, state.peak + jnp.log2(state.total), -jnp.inf)
+        if self.means is None:
+            self.store_tile(tile, values, log_sums)
+        else:
+            pl.when(tile.spans > 1)(lambda: self.store_span(tile, values, log_sums))
+            pl.when(tile.spans <= 1)(lambda: self.store_tile(tile, values, log_sums))
+
+    def store_span(self, tile: Tile, values: jax.Array, log_sums: jax.Array) -> None:
+        """Writes what `combine_spans` reads: float32, log-sum-exps in base 2."""
+        assert self.means is not None
+        assert self.log_sums is not None
+        place = (tile.span * self.blocks + tile.place) * WARPGROUPS + self.group
+        self.means[place] = values
+        self.log_sums[place] = log_sums
+
+    def store_tile(self, tile: Tile, values: jax.Array, log_sums: jax.Array) -> None:
+        """Writes the tile's results, by way of where the queries were until now."""
         self.q_s[self.group] = values.astype(self.q_s.dtype)
-        log_sum = (state.peak + jnp.log2(state.total)) * LN_2
-        self.lse_s[self.group] = jnp.where(has_keys, log_sum, -jnp.inf)
+        self.lse_s[self.group] = log_sums * LN_2
         plgpu.commit_smem()
         tokens = pl.ds(self.token(tile), self.tiling.group_tokens)
         for head, part in self.parts():
             place = self.out.at[tokens, tile.head + head]
             plgpu.copy_smem_to_gmem(self.q_s.at[self.group, part], place)
-        log_sums = self.lse.at[tile.place * WARPGROUPS + self.group]
-        plgpu.copy_smem_to_gmem(self.lse_s.at[self.group], log_sums)
+        place = self.lse.at[tile.place * WARPGROUPS + self.group]
+        plgpu.copy_smem_to_gmem(self.lse_s.at[self.group], place)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

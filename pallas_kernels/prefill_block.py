@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pages import FP8
 from pallas_kernels.shapes import WGMMA_ROWS, Ref, Sizes
-from pallas_kernels.tiles import WARPGROUPS, Tiling
+from pallas_kernels.tiles import WARPGROUPS, Spans, Tiling
 from pallas_kernels.wgmma import matrix
 
 K, V = 0, 1
@@ -49,7 +49,7 @@ def scratch(sizes: Sizes, tiling: Tiling) -> list[Any]:
 class Tile(NamedTuple):
     """Tokens and heads from these on, and rows `first` up to `behind` of the list.
 
-    place: where its log-sum-exps go.
+    place: where its log-sum-exps go. span: the block's, of so many spans of the rows' keys.
     """
 
     token: jax.Array
@@ -57,12 +57,14 @@ class Tile(NamedTuple):
     place: jax.Array
     first: jax.Array
     behind: jax.Array
+    span: jax.Array
+    spans: jax.Array
 
 
 class Row(NamedTuple):
     """A row in a tile: its tokens are `start` up to `end`, with so many keys before them.
 
-    first, behind: the steps of it that the tile's queries see.
+    first, behind: the steps of it that the tile's queries see, of the block's span.
     """
 
     row: jax.Array
@@ -76,27 +78,50 @@ class Row(NamedTuple):
 class Block:
     """One block of the grid, with its operands, results and scratch: all of them refs."""
 
-    def __init__(self, sizes: Sizes, tiling: Tiling, *refs: Ref) -> None:
-        self.sizes, self.tiling = sizes, tiling
+    def __init__(self, sizes: Sizes, tiling: Tiling, spans: Spans, *refs: Ref) -> None:
+        self.sizes, self.tiling, self.spans = sizes, tiling, spans
         self.step_keys, self.stages = sizes.tuning.prefill_step, sizes.tuning.prefill_stages
         left = iter(refs)
         is_fp8 = sizes.dtype == FP8
         self.q, self.pages, self.table, self.rows, self.tiles = (next(left) for _ in range(5))
         self.scales = next(left) if is_fp8 else None
-        self.out, self.lse, self.q_s, self.kv_s, self.lse_s = (next(left) for _ in range(5))
+        self.out, self.lse = next(left), next(left)
+        self.means, self.log_sums = (next(left) if spans.most > 1 else None for _ in range(2))
+        self.q_s, self.kv_s, self.lse_s = (next(left) for _ in range(3))
         self.q_here, self.full, self.free, self.turn = (next(left) for _ in range(4))
         self.stored_s, self.stored_here = (next(left) if is_fp8 else None for _ in range(2))
         self.weights_s = next(left) if sizes.interpreted else None
         assert not list(left)
 
+    @property
+    def blocks(self) -> int:
+        """How many there are for each span."""
+        count: int = self.tiles.shape[0] * self.per_tile
+        return count
+
+    @property
+    def per_tile(self) -> int:
+        """Blocks that have heads of the same tokens."""
+        return self.sizes.num_kv_heads * self.sizes.group // self.tiling.heads
+
     def tile(self) -> Tile:
-        """The block's tile. Heads of the same tokens are neighbours: they share keys in L2."""
-        heads = self.tiling.heads
-        per_tile = self.sizes.num_kv_heads * self.sizes.group // heads
-        block = lax.axis_index("block")
+        """The block's tile. Those that share keys in L2 are neighbours.
+
+        They are all blocks of a span of the same row, and among them heads of the same tokens.
+        """
+        heads, per_tile = self.tiling.heads, self.per_tile
+        block, span = lax.axis_index("block"), jnp.int32(0)
+        if self.spans.most > 1:
+            span, block = lax.div(block, self.blocks), lax.rem(block, self.blocks)
         index, part = lax.div(block, per_tile), lax.rem(block, per_tile)
-        tile, first, behind = (self.tiles[index, column] for column in range(3))
-        return Tile(tile * self.tiling.tokens, part * heads, tile * per_tile + part, first, behind)
+        tile, first, behind, spans = (self.tiles[index, column] for column in range(4))
+        token, place = tile * self.tiling.tokens, tile * per_tile + part
+        return Tile(token, part * heads, place, first, behind, span, spans)
+
+    def has_work(self) -> jax.Array:
+        """Whether the tile has the block's span; where nobody has keys, the first writes that."""
+        tile = self.tile()
+        return tile.span < jnp.maximum(tile.spans, 1)
 
     def row(self, tile: Tile, index: jax.Array) -> Row:
         """The list's row of this index, as far as the tile goes."""
@@ -107,7 +132,13 @@ class Block:
         if (window := self.sizes.chunks.window) is not None:
             first_key = jnp.maximum(jnp.maximum(start, tile.token) + position - window + 1, 0)
         step = self.step_keys
-        return Row(row, start, end, cached, lax.div(first_key, step), lax.div(last, step) + 1)
+        first, behind = lax.div(first_key, step), lax.div(last, step) + 1
+        if self.spans.most > 1:
+            origin, length = self.rows[index, 4], self.rows[index, 5]
+            low = origin + tile.span * length
+            first = jnp.maximum(first, lax.div(low, step))
+            behind = jnp.minimum(behind, lax.div(low + length, step))
+        return Row(row, start, end, cached, first, behind)
 
     def over_steps[State](
         self, tile: Tile, take: Callable[[Row, jax.Array, jax.Array, State], State], state: State

@@ -35,7 +35,8 @@ class Tuning:
 
     Of decode: chunk: tokens of KV per item of work, at least; step: tokens per step of the softmax,
     64 or 128; stages: steps in flight per block; blocks: of the constant grid. Of prefill: its step
-    and stages, two or more: a step's values are read with the next one's keys.
+    and stages, two or more: a step's values are read with the next one's keys; prefill_span: keys
+    of a row per block, at least, where tiles are few.
     """
 
     chunk: int
@@ -44,12 +45,15 @@ class Tuning:
     blocks: int
     prefill_step: int = 64
     prefill_stages: int = 2
+    prefill_span: int = 1024
 
     def __post_init__(self) -> None:
-        is_power = self.chunk.bit_count() == 1
-        steps = {self.step, self.prefill_step}
-        if not steps <= set(STEPS) or not is_power or self.chunk < max(STEPS):
-            raise ValueError(f"a chunk is a power of two from {max(STEPS)}, a step {STEPS}: {self}")
+        steps, cuts = {self.step, self.prefill_step}, (self.chunk, self.prefill_span)
+        is_power = all(cut.bit_count() == 1 for cut in cuts)
+        if not steps <= set(STEPS) or not is_power or min(cuts) < max(STEPS):
+            raise ValueError(
+                f"chunks and spans are powers of two from {max(STEPS)}, steps {STEPS}: {self}"
+            )
         if min(self.stages, self.prefill_stages - 1, self.blocks) < 1:
             raise ValueError(f"stages and blocks are 1 or more, stages of prefill 2: {self}")
 

@@ -19,7 +19,7 @@ COLD_BYTES = 2**28
 """KV that calls go round, if a call has less: several times any L2."""
 
 TABLE_TOKENS = 2**17
-"""Room in decode's page tables, as in an engine's whose rows may become so long."""
+"""Room in page tables, as in an engine's whose rows may become so long."""
 
 COPIED_BYTES = 2**31
 _RUNS = 5
@@ -109,8 +109,7 @@ class PrefillLoad:
 def decode_seconds(kernels: MosaicKernels, load: Workload, calls: int = CALLS) -> float:
     """Seconds of one call of `decode_attention`, the shortest of a few runs."""
     q, pages, table, lengths = load.operands()
-    room = TABLE_TOKENS // load.page_size - table.shape[1]
-    table = jnp.pad(table, ((0, 0), (0, max(0, room))))
+    table = in_wide_table(table, load.page_size)
     others = min(int(COLD_BYTES // load.num_bytes), calls - 1)
     pools = [pages, *(jax.tree.map(jnp.copy, pages) for _ in range(others))]
 
@@ -121,6 +120,12 @@ def decode_seconds(kernels: MosaicKernels, load: Workload, calls: int = CALLS) -
         return q
 
     return shortest(lambda: run(q, pools)) / calls
+
+
+def in_wide_table(table: jax.Array, page_size: int) -> jax.Array:
+    """A page table for rows of up to `TABLE_TOKENS`, as a server's: kernels cut work by that."""
+    room = TABLE_TOKENS // page_size - table.shape[1]
+    return jnp.pad(table, ((0, 0), (0, max(0, room))))
 
 
 type Attention = Callable[..., jax.Array]

@@ -20,10 +20,10 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.prefill import prefill_tiles
 from pallas_kernels.shapes import PLAIN_SCORES, Scores, Sizes, Tuning
-from pallas_kernels.tiles import Tiling, tile_list
 
 SMALL = Tuning(chunk=128, step=64, stages=2, blocks=2)
 WIDE = Tuning(128, 64, 2, 2, prefill_step=128, prefill_stages=3)
+CUT = Tuning(128, 64, 2, 2, prefill_span=128)
 
 
 @cache
@@ -34,9 +34,7 @@ def interpreted(tuning, scores, *, whole=False):
 
     def tiles(q, pages, table, rows, scales=None):
         sizes = Sizes.of(q, pages, table, tuning, scores, interpreted=True)
-        tiling = Tiling.of(sizes.group)
-        work = tile_list(*rows, q.shape[0], tiling, sizes.chunks.window)
-        return prefill_tiles(q, pages, table, work, sizes, scales)
+        return prefill_tiles(q, pages, table, rows, sizes, scales)
 
     return jax.jit(tiles, compiler_options=QUICK)
 
@@ -83,12 +81,40 @@ def test_capped_scaled_and_windowed_scores_equal_dense_attention():
     assert_equal_to_dense(case, scores=scores)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows", "scores"),
+    [
+        # Tiles of 32 tokens: one with spans, one with both rows, one without spans, one of nobody.
+        ({"D": 128, "G": 4}, [(390, 40), (0, 40)], PLAIN_SCORES),
+        ({"D": 64, "S": 16, "G": 8}, [(300, 5), (0, 9)], Scores(soft_cap=2.0, window=150)),
+        ({"D": 64, "G": 1, "dtype": FP8}, [(270, 9)], PLAIN_SCORES),
+    ],
+    ids=str,
+)
+def test_spans_of_keys_are_put_together(sizes, rows, scores):
+    T = sum(new for _, new in rows) + 20
+    case = PrefillCase.random(rows, T=T, seed=8, **sizes)
+    assert_equal_to_dense(case, CUT, scores)
+
+
 def test_rows_of_one_query_which_are_decodes_fit_in_among_longer_ones(monkeypatch):
     # As one program it would hang on two cores: the interpreter's kernels wait inside XLA's
     # threads, of which there are two, and a program of several kernels takes one more.
     monkeypatch.setattr(mosaic, "_prefill", mosaic._prefill.__wrapped__)
     case = PrefillCase.random([(130, 1), (7, 12), (64, 0), (63, 1)], T=17, seed=3)
     assert_equal_to_dense(case, whole=True)
+
+
+def test_where_keys_are_cut_a_query_gets_the_same_bits_in_other_company():
+    # In its place among the tokens: the interpreter's products differ by that in their last bits.
+    case = PrefillCase.random([(250, 20), (10, 20), (300, 30)], G=4, seed=6)
+    together, lse = prefilled(case, CUT)
+    others = case.with_other(
+        offsets=np.array([0, 40, 40, 70], np.int32), cached=np.array([9, 0, 300], np.int32)
+    )
+    apart, other_lse = prefilled(others, CUT)
+    np.testing.assert_array_equal(bits(apart)[40:], bits(together)[40:])
+    np.testing.assert_array_equal(other_lse[40:], lse[40:])
 
 
 def test_a_query_gets_the_same_bits_in_chunks_in_company_and_in_other_pages():

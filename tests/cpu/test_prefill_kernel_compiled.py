@@ -14,7 +14,7 @@ from pallas_kernels.choice import ModelShapes
 from pallas_kernels.pages import FP8
 from pallas_kernels.prefill import FEWEST_REGISTERS, MOST_REGISTERS, prefill_tiles
 from pallas_kernels.shapes import PLAIN_SCORES, Scores, Sizes
-from pallas_kernels.tiles import WARPGROUPS, Tiling, tile_list
+from pallas_kernels.tiles import WARPGROUPS
 
 pytestmark = pytest.mark.skipif(not HAS_CUDA_WHEELS, reason=WHY_NOT)
 
@@ -58,8 +58,7 @@ def test_a_form_spills_nothing_and_has_the_memory_that_it_says(shapes, scores, a
     sizes = Sizes.of(*arguments[:3], tuning, scores, interpreted=False)
 
     def prefill(q, pages, table, offsets, cached, scales=None):
-        work = tile_list(offsets, cached, T, Tiling.of(sizes.group), scores.window)
-        return prefill_tiles(q, pages, table, work, sizes, scales)
+        return prefill_tiles(q, pages, table, (offsets, cached), sizes, scales)
 
     found, spilled = assembled(target, prefill, arguments)
     [(registers, shared)] = [found["prefill_tiles"]]
@@ -90,12 +89,12 @@ def test_layers_prefill_in_place_without_loops_and_with_one_text_of_each_kernel(
     with target.context():
         jitted = jax.jit(program, donate_argnums=0)
         lowered = jitted.lower(pages, x, (place, place), *rows)
-    assert lowered.as_text().count("mosaic_gpu_v2") == 3
+    assert lowered.as_text().count("mosaic_gpu_v2") == 4
     facts = inspect_program(lowered, target, layout)
     assert facts.violations == ()
     assert "kWhile" not in facts.thunks
     assert facts.alias_bytes == layout.num_pages * layout.page_bytes
-    assert facts.custom_calls["mosaic_gpu_v2"] == num_layers * 3
+    assert facts.custom_calls["mosaic_gpu_v2"] == num_layers * 4
 
 
 def test_a_few_tokens_are_more_than_one_box_of_them():

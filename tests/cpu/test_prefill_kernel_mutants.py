@@ -3,6 +3,7 @@
 from unittest.mock import patch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,16 +12,15 @@ from paged_case import RELATIVE_ERROR, PrefillCase, Trial
 from pallas_kernels import prefill
 from pallas_kernels.prefill_block import K
 from pallas_kernels.shapes import PLAIN_SCORES, Sizes, Tuning
-from pallas_kernels.tiles import Tiling, tile_list
 
-TUNING = Tuning(chunk=128, step=64, stages=2, blocks=2)
-CASE = PrefillCase.random([(150, 20), (100, 12)], G=4, seed=7)
+TUNING = Tuning(chunk=128, step=64, stages=2, blocks=2, prefill_span=128)
+CASE = PrefillCase.random([(150, 20), (100, 12), (0, 9)], G=4, seed=7)
+"""One tile of two spans, and one that is not cut."""
 
 
 def attention(q, pages, table, rows):
     sizes = Sizes.of(q, pages, table, TUNING, PLAIN_SCORES, interpreted=True)
-    work = tile_list(*rows, q.shape[0], Tiling.of(sizes.group))
-    return prefill.prefill_tiles(q, pages, table, work, sizes)[0]
+    return prefill.prefill_tiles(q, pages, table, rows, sizes)[0]
 
 
 TRIAL = Trial(attention, CASE)
@@ -41,7 +41,7 @@ def test_the_kernel_without_a_fault_is_not_accused():
         pytest.param(CASE.with_other(cached=CASE.cached + 1), id="a key too many"),
         pytest.param(CASE.with_other(cached=CASE.cached - 1), id="a key too few"),
         pytest.param(
-            CASE.with_other(offsets=CASE.offsets + np.array([0, 1, 0])), id="a row too long"
+            CASE.with_other(offsets=CASE.offsets + np.array([0, 1, 0, 0])), id="a row too long"
         ),
     ],
 )
@@ -96,6 +96,24 @@ class MissingWait(prefill._Attention):
             super().run(group)
 
 
+class MissingSpan(prefill._Attention):
+    """Leaves out the last span."""
+
+    def store_span(self, tile, values, log_sums):
+        shown = jnp.where(tile.span + 1 < tile.spans, log_sums, -jnp.inf)
+        super().store_span(tile, values, shown)
+
+
+class SpanOfAnother(prefill._Attention):
+    """Stores a span as that of the other 64 queries."""
+
+    def store_span(self, *arguments):
+        own = self.group
+        self.group = 1 - own
+        super().store_span(*arguments)
+        self.group = own
+
+
 class MissingWaitForSlot(prefill.Loader):
     """Fills slots whether they are free or not."""
 
@@ -104,7 +122,7 @@ class MissingWaitForSlot(prefill.Loader):
             super().load(*arguments)
 
 
-@pytest.mark.parametrize("faulty", [NextValues, MissingLastValues])
+@pytest.mark.parametrize("faulty", [NextValues, MissingLastValues, MissingSpan, SpanOfAnother])
 def test_values_that_are_not_the_weights_own_are_noticed(faulty, monkeypatch):
     monkeypatch.setattr(prefill, "_Attention", faulty)
     error, _ = TRIAL.run_faulty()
