@@ -1,6 +1,7 @@
 """What an answer has to be, and how its text is taken apart."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,8 @@ class Form:
 
     constraint: what its tokens are kept to. parser: makes what takes its text apart.
     counts_reasoning: whether its reasoning is counted; reasoning_begun: the prompt opens it.
-    param: the field of a request that a grammar came from.
+    param: the field of a request that a grammar came from. look: what is wrong with that grammar,
+    "" if nothing is, once somebody has looked; None where nobody does.
     """
 
     constraint: Constraint | None = None
@@ -32,6 +34,7 @@ class Form:
     counts_reasoning: bool = False
     reasoning_begun: bool = False
     param: str = "response_format"
+    look: Future[str] | None = None
 
 
 PLAIN = Form()

@@ -5,18 +5,19 @@ import logging
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from duetjax.config import DuetJAXError, InvalidRequest
+from duetjax.config import DuetJAXError
 from duetjax.constrain.verdicts import Verdicts
 
 _log = logging.getLogger(__name__)
 
 _SECONDS: Final = 0.4  # twice and a new child between: an answer within a second
-_PLACES: Final = 3  # threads of a server's that may be here at a time
+_PLACES: Final = 3  # different grammars that may be here at a time
 _START_SECONDS: Final = 10.0
 _MEMORY_BYTES: Final = 1 << 30
 _REMEMBERED: Final = 256
@@ -29,51 +30,75 @@ answer_all()
 
 
 class CheckerBusy(DuetJAXError):
-    """Too many grammars are being compiled; the same request may be sent again."""
+    """Too many other grammars are being compiled; the same one may be sent again."""
 
 
 class GrammarChecker:
-    """Says whether a grammar can be used; `check` may be called from several threads.
+    """Says whether a grammar can be used; `look` may be called from several threads.
 
-    One child process compiles, one grammar at a time, and few may wait for it. A grammar that
-    takes longer than half a second, or ends the child, twice, is refused; another child takes over.
+    One child process compiles, one grammar at a time, and few others may wait for it; whoever
+    brings an equal one shares the look. A grammar that takes longer than half a second, or ends the
+    child, twice, is refused; another child takes over.
     """
 
     def __init__(self, seconds: float = _SECONDS, places: int = _PLACES) -> None:
         self._seconds = seconds
-        self._places = threading.BoundedSemaphore(places)
-        self._lock = threading.Lock()  # of the child
+        self._places = places
+        self._asking = threading.Lock()  # of the child
         self._child: _Child | None = None
+        self._lock = threading.Lock()  # of what follows, for moments
+        self._looks: dict[str, Future[str]] = {}  # under way, by grammar
         self._verdicts = Verdicts(_REMEMBERED)
 
-    def check(self, grammar: str, param: str) -> None:
-        """Raises `InvalidRequest` for a grammar that cannot be used, or `CheckerBusy`."""
-        fault = self._verdicts.known(grammar)
-        if fault is None:
-            fault = self._ask(grammar)
-        if fault:
-            raise InvalidRequest(f"the schema cannot be used: {fault}", param=param)
+    def look(self, grammar: str) -> Future[str]:
+        """What is wrong with a grammar, once that is known; "" for one that can be used.
+
+        Nobody who waits for it can cancel it. Raises `CheckerBusy`.
+        """
+        with self._lock:
+            if (look := self._looks.get(grammar)) is not None:
+                return look
+            look = Future()
+            look.set_running_or_notify_cancel()  # from here on `cancel` does nothing
+            if (fault := self._verdicts.known(grammar)) is not None:
+                look.set_result(fault)
+                return look
+            if len(self._looks) >= self._places:
+                raise CheckerBusy("too many schemas are being compiled; send it again later")
+            threading.Thread(
+                target=self._take, args=(grammar,), name="duetjax-look", daemon=True
+            ).start()
+            self._looks[grammar] = look
+            return look
 
     def close(self) -> None:
         """Ends the child."""
-        with self._lock:
+        with self._asking:
             self._drop()
 
-    def _ask(self, grammar: str) -> str:
-        if not self._places.acquire(blocking=False):
-            raise CheckerBusy("too many schemas are being compiled; send it again later")
+    def _take(self, grammar: str) -> None:
+        """On a thread of its own: one look."""
         try:
-            for _ in range(2):  # whatever else the machine was at may have made it slow
-                answer = self._verdicts.found(grammar, self._ask_child)
-                if answer is not None:
-                    return answer
-        finally:
-            self._places.release()
+            fault = self._ask(grammar)
+        except BaseException as error:  # whoever waits would for ever
+            self._over(grammar).set_exception(error)
+        else:
+            self._over(grammar).set_result(fault)
+
+    def _over(self, grammar: str) -> Future[str]:
+        with self._lock:
+            return self._looks.pop(grammar)
+
+    def _ask(self, grammar: str) -> str:
+        for _ in range(2):  # whatever else the machine was at may have made it slow
+            answer = self._verdicts.found(grammar, self._ask_child)
+            if answer is not None:
+                return answer
         _log.warning("a grammar of %d bytes was too much to compile", len(grammar))
         return "it takes too long to compile; make it simpler"
 
     def _ask_child(self, grammar: str) -> str | None:
-        with self._lock:
+        with self._asking:
             child = self._child = self._child or _Child()
             answer = child.ask(grammar, self._seconds)
             if answer is None:

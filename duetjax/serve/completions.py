@@ -48,6 +48,7 @@ def prepare_completion(service: Service, given: dict[str, Any]) -> Call:
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         headers=ignored_header(body, strict=service.strict_params),
+        form=form,
     )
 
 

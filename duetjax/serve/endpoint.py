@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from duetjax.serve.body import read_json
 from duetjax.serve.call import Call, Delta, joined
 from duetjax.serve.context import Context, Service
+from duetjax.serve.form import wait_for_look
 from duetjax.serve.generation import Generation
 from duetjax.serve.objectives import objectives
 from duetjax.serve.streaming import send_stream
@@ -58,6 +59,7 @@ async def _answer(
     receive: Receive,
     send: Send,
 ) -> None:
+    await wait_for_look(context, call)
     with generation:
         if call.stream:
             await send_stream(call, generation, send, context.metrics.refuse)

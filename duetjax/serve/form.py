@@ -1,7 +1,9 @@
 """What requests ask of the form of their answers, checked."""
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import partial
 
 from duetjax.config import InvalidRequest
@@ -9,20 +11,44 @@ from duetjax.constrain.checker import CheckerBusy
 from duetjax.constrain.grammars import check_schema, enforceable, json_grammar
 from duetjax.form import PLAIN, TAIL_TOKENS, Form, form_of
 from duetjax.policy.request import Constraint
-from duetjax.serve.context import Service
+from duetjax.serve.call import Call
+from duetjax.serve.context import Context, Service
 from duetjax.serve.errors import HttpError
 from duetjax.serve.formats import CallMode, NamedTool, ResponseFormat
 from duetjax.serve.protocol import ChatBody
 from duetjax.text.tool_grammar import tool_grammar
 
 
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Of an answer, as the engine takes it; look: see `Form`."""
+
+    text: str
+    look: Future[str]
+
+
+async def wait_for_look(context: Context, call: Call) -> None:
+    """Until the grammar of a call has been looked at, in places of the queue.
+
+    Raises `InvalidRequest` for a grammar that cannot be used, and what `QueueBound.places` does.
+    """
+    if call.form.look is None:
+        return
+    with context.queue.places(len(call.choices)):
+        fault = await asyncio.wrap_future(call.form.look)
+    if fault:
+        raise InvalidRequest(f"the schema cannot be used: {fault}", param=call.form.param)
+
+
 def completion_form(service: Service, wanted: ResponseFormat | None) -> Form:
-    """Of a completion; raises `InvalidRequest`."""
+    """Of a completion; raises `InvalidRequest` or `HttpError`."""
     grammar = _json_grammar(service, wanted)
-    return PLAIN if grammar is None else Form(Constraint(grammar))
+    return PLAIN if grammar is None else Form(Constraint(grammar.text), look=grammar.look)
 
 
-def chat_form(service: Service, body: ChatBody, grammar: str | None, prompt: Sequence[int]) -> Form:
+def chat_form(
+    service: Service, body: ChatBody, grammar: Grammar | None, prompt: Sequence[int]
+) -> Form:
     """Of the next turn of a conversation.
 
     grammar: see `chat_grammar`. prompt: as the chat template wrote it, whose end says whether the
@@ -30,17 +56,24 @@ def chat_form(service: Service, body: ChatBody, grammar: str | None, prompt: Seq
     """
     form = form_of(
         service.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False),
-        grammar=grammar,
+        grammar=None if grammar is None else grammar.text,
         reasoning=service.reasoning_style,
         tools=service.tool_style if body.calls_tools else None,
         max_reasoning_tokens=body.max_reasoning_tokens,
         single_call=not body.parallel_tool_calls,
     )
-    return replace(form, param="tools" if body.calls_tools else "response_format")
+    return replace(
+        form,
+        param="tools" if body.calls_tools else "response_format",
+        look=None if grammar is None else grammar.look,
+    )
 
 
-def chat_grammar(service: Service, body: ChatBody) -> str | None:
-    """Of the next turn of a conversation; None for any text. Raises `InvalidRequest`."""
+def chat_grammar(service: Service, body: ChatBody) -> Grammar | None:
+    """Of the next turn of a conversation; None for any text.
+
+    Raises `InvalidRequest` or `HttpError`.
+    """
     check_tools(service, body)
     if body.max_reasoning_tokens is not None and service.reasoning_style is None:
         raise InvalidRequest(
@@ -48,10 +81,9 @@ def chat_grammar(service: Service, body: ChatBody) -> str | None:
             param="max_reasoning_tokens",
             code="unsupported_parameter",
         )
-    grammar = _json_grammar(service, body.response_format)
     if not body.calls_tools:
-        return grammar
-    if grammar is not None:
+        return _json_grammar(service, body.response_format)
+    if body.response_format is not None and body.response_format.wanted is not None:
         raise InvalidRequest(
             "response_format cannot be kept by an answer that may call tools; send one of them, or"
             ' tool_choice: "none"',
@@ -89,7 +121,7 @@ def check_tools(service: Service, body: ChatBody) -> None:
         check_schema(parameters, limits.max_schema_bytes, limits.max_schema_depth, "tools")
 
 
-def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None:
+def _json_grammar(service: Service, wanted: ResponseFormat | None) -> Grammar | None:
     schema = None if wanted is None else wanted.wanted
     if schema is None:
         return None
@@ -97,11 +129,10 @@ def _json_grammar(service: Service, wanted: ResponseFormat | None) -> str | None
     grammar = json_grammar(
         schema, max_bytes=limits.max_schema_bytes, max_depth=limits.max_schema_depth, param=param
     )
-    _try(service, grammar, param)
-    return grammar
+    return Grammar(grammar, _look(service, grammar))
 
 
-def _call_grammar(service: Service, body: ChatBody) -> str | None:
+def _call_grammar(service: Service, body: ChatBody) -> Grammar | None:
     """Of an answer that must call, or may and then has to call strictly; None where it is free."""
     choice, tools = body.tool_choice, [tool.as_template_value() for tool in body.tools]
     may_answer = choice is CallMode.AUTO
@@ -117,12 +148,12 @@ def _call_grammar(service: Service, body: ChatBody) -> str | None:
         parallel=body.parallel_tool_calls and named is None,
         may_answer=may_answer,
     )
-    _try(service, grammar(), "tools")  # with tags spelled, as the checker has no model's tokens
-    return grammar(tag_ids=service.tokenizer.added_ids)
+    look = _look(service, grammar())  # with tags spelled, as the checker has no model's tokens
+    return Grammar(grammar(tag_ids=service.tokenizer.added_ids), look)
 
 
-def _try(service: Service, grammar: str, param: str) -> None:
+def _look(service: Service, grammar: str) -> Future[str]:
     try:
-        service.checker.check(grammar, param)
+        return service.checker.look(grammar)
     except CheckerBusy as error:
         raise HttpError(429, "queue_full", str(error), headers={"retry-after": "1"}) from None

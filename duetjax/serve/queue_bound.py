@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from duetjax.config import InvalidRequest
 from duetjax.engine import Engine
@@ -15,10 +17,11 @@ _HIGH_WATER, _LOW_WATER = 0.9, 0.5
 class QueueBound:
     """Turns requests away once too many are live, too many tokens wait, or they would come late.
 
-    Live is what has been submitted and has not ended, so no place need be given back. Used on the
-    event loop's thread alone, where all submissions are made. queued_tokens: of prompts that were
-    submitted and whose first token has not come; arrivals: when such requests came, by id, the
-    oldest first, in seconds of time.perf_counter. Whoever submits adds them and takes them off.
+    Live is what has been submitted and has not ended, so no place need be given back; before that,
+    what has `places`. Used on the event loop's thread alone, where all submissions are made.
+    queued_tokens: of prompts that were submitted and whose first token has not come; arrivals: when
+    such requests came, by id, the oldest first, in seconds of time.perf_counter. Whoever submits
+    adds them and takes them off.
     """
 
     def __init__(self, client: Engine, limits: Limits) -> None:
@@ -27,6 +30,7 @@ class QueueBound:
         queued = limits.max_num_queued_reqs
         self._most = None if queued is None else client.num_slots + queued
         self._waits_for_low_water = False
+        self._num_unsubmitted = 0
         self.queued_tokens = 0
         self.arrivals: dict[str, float] = {}
 
@@ -46,6 +50,23 @@ class QueueBound:
         self._check_tokens(tokens)
         self._check_ttft(tokens, ttft_slo_ms)
 
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Counts generations that cannot be submitted yet; who leaves may submit them at once.
+
+        Raises what `check` does where they are too many.
+        """
+        self._check_requests(count)
+        self._num_unsubmitted += count
+        try:
+            yield
+        finally:
+            self._num_unsubmitted -= count
+
+    @property
+    def _num_live(self) -> int:
+        return self._client.num_live + self._num_unsubmitted
+
     def _check_requests(self, count: int) -> None:
         if self._most is None:
             return
@@ -57,7 +78,7 @@ class QueueBound:
                 reason="max_num_queued_reqs",
             )
         self.why_full()  # between two looks of a probe it may have been
-        live = self._client.num_live
+        live = self._num_live
         if live + count > self._most:
             raise self._full(f"{live} generations run or wait and at most {self._most} may")
 
@@ -100,7 +121,7 @@ class QueueBound:
         """
         if self._most is None:
             return None
-        live, slots = self._client.num_live, self._client.num_slots
+        live, slots = self._num_live, self._client.num_slots
         high = slots + math.ceil(_HIGH_WATER * (self._most - slots))
         low = min(high - 1, slots + int(_LOW_WATER * (self._most - slots)))
         if live >= high or live <= low:

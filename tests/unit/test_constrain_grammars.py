@@ -11,12 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fake_engine import wait_until
 
 from duetjax import LLM
 from duetjax.config import InvalidRequest, SamplingParams, StructuredOutputsParams
 from duetjax.constrain import checker, grammars
-from duetjax.constrain.checker import GrammarChecker
+from duetjax.constrain.checker import CheckerBusy, GrammarChecker
 from duetjax.constrain.grammars import check_together, fault, grammar_of, json_grammar
 from duetjax.constrain.verdicts import Verdicts
 
@@ -422,12 +421,8 @@ def is_running(process_id):
 
 
 def said_of(checking, text):
-    """What a checker says is wrong with a grammar; None if nothing is."""
-    try:
-        checking.check(text, "schema")
-    except InvalidRequest as refusal:
-        return str(refusal) if refusal.param == "schema" else f"of {refusal.param}: {refusal}"
-    return None
+    """What a checker says is wrong with a grammar; "" if nothing is."""
+    return checking.look(text).result(PATIENCE)
 
 
 @pytest.fixture
@@ -444,16 +439,16 @@ def scripted(monkeypatch):
 
 
 def test_the_child_says_what_fault_says(checking):
-    assert said_of(checking, GOOD) is None
-    assert fault(BAD) in said_of(checking, BAD)
-    assert said_of(checking, OTHER) is None
+    assert said_of(checking, GOOD) == ""
+    assert said_of(checking, BAD) == fault(BAD) != ""
+    assert said_of(checking, OTHER) == ""
 
 
 @pytest.mark.parametrize("name", ["1 MB of enum", "1,000 deep", "(a+)+b", "an endless tree"])
 def test_a_hostile_schema_gets_an_answer_of_the_child_too(checking, name):
     with suppress(InvalidRequest):  # some are refused before they come there
         said_of(checking, grammar(HOSTILE[name]))
-    assert said_of(checking, GOOD) is None
+    assert said_of(checking, GOOD) == ""
 
 
 @pytest.mark.parametrize("checking", [0.5], indirect=True)
@@ -469,7 +464,7 @@ def test_a_child_that_fails_is_gone_and_another_serves(scripted, monkeypatch, ho
     pid = int(first.split()[-1])
     assert said_of(checking, f"{how} now")
     after = said_of(checking, "two")
-    assert after.startswith("the schema cannot be used: pid ")
+    assert after.startswith("pid ")
     if how != "raise":
         assert after != first
         assert not is_running(pid)
@@ -500,30 +495,84 @@ def test_old_grammars_are_forgotten(scripted, monkeypatch):
 
 
 class Unhurried:
-    """Implements `checker._Child`: answers when it may, with what it has been asked so far."""
+    """Implements `checker._Child`: says `fault` of each grammar when it may; asked: of which."""
 
-    def __init__(self):
+    def __init__(self, fault=""):
+        self.fault = fault
         self.may_answer = threading.Event()
         self.asked = []
 
     def ask(self, text, _):
         self.asked.append(text)
         assert self.may_answer.wait(PATIENCE)
-        return ""
+        return self.fault
 
     def kill(self):
         pass
 
 
-def test_a_grammar_that_two_requests_bring_at_a_time_is_tried_once(monkeypatch):
-    child, checking = Unhurried(), GrammarChecker(PATIENCE, places=2)
-    monkeypatch.setattr(checker, "_Child", lambda: child)
-    with ThreadPoolExecutor(2) as pool:
-        said = [pool.submit(said_of, checking, GOOD) for _ in range(2)]
-        wait_until(lambda: checking._places._value == 0, "two that wait")
-        child.may_answer.set()
-        assert [each.result(PATIENCE) for each in said] == [None, None]
+@pytest.fixture
+def child(monkeypatch):
+    made = Unhurried()
+    monkeypatch.setattr(checker, "_Child", lambda: made)
+    yield made
+    made.may_answer.set()
+
+
+def test_any_number_of_requests_with_one_grammar_share_a_look(child):
+    checking = GrammarChecker(PATIENCE, places=1)
+    looks = [checking.look("".join(GOOD)) for _ in range(200)]
+    child.may_answer.set()
+    assert [look.result(PATIENCE) for look in looks] == [""] * 200
     assert child.asked == [GOOD]
+
+
+def test_a_look_that_one_cancels_is_there_for_the_others(child):
+    checking = GrammarChecker(PATIENCE)
+    assert not checking.look(GOOD).cancel()
+    other = checking.look(GOOD)
+    child.may_answer.set()
+    assert other.result(PATIENCE) == ""
+    assert not other.cancelled()
+
+
+def test_beyond_its_places_other_grammars_are_turned_away(child):
+    checking = GrammarChecker(PATIENCE, places=2)
+    looks = [checking.look(text) for text in (GOOD, OTHER)]
+    for _ in range(3):
+        with pytest.raises(CheckerBusy, match="send it again later"):
+            checking.look(BAD)
+        looks += [checking.look(GOOD), checking.look(OTHER)]
+    child.may_answer.set()
+    assert [look.result(PATIENCE) for look in looks] == [""] * 8
+    assert said_of(checking, BAD) == ""
+    assert sorted(child.asked) == sorted([GOOD, OTHER, BAD])
+
+
+@pytest.mark.parametrize("how", ["hang", "die"])
+def test_who_shares_a_look_that_fails_is_told_so_too(scripted, how):
+    checking = GrammarChecker(0.5, places=1)
+    said = [look.result(PATIENCE) for look in [checking.look(how) for _ in range(20)]]
+    assert said == ["it takes too long to compile; make it simpler"] * 20
+    assert "pid" in said_of(checking, "the next")
+    checking.close()
+
+
+def test_a_child_that_cannot_be_made_fails_its_looks_and_takes_no_place(monkeypatch, child):
+    checking = GrammarChecker(PATIENCE, places=1)
+    made, may_fail = checker._Child, threading.Event()
+
+    def failing():
+        assert may_fail.wait(PATIENCE)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(checker, "_Child", failing)
+    looks = [checking.look(GOOD) for _ in range(5)]
+    may_fail.set()
+    assert all(isinstance(look.exception(PATIENCE), OSError) for look in looks)
+    monkeypatch.setattr(checker, "_Child", made)
+    child.may_answer.set()
+    assert said_of(checking, OTHER) == said_of(checking, GOOD) == ""
 
 
 @pytest.mark.parametrize("checking", [0.5], indirect=True)
@@ -571,10 +620,11 @@ def test_close_leaves_no_process_and_may_come_twice_or_first(scripted):
 def test_close_leaves_no_thread(checking):
     before = set(threading.enumerate())
     said_of(checking, GOOD)
-    [reader] = set(threading.enumerate()) - before
+    begun = set(threading.enumerate()) - before
     checking.close()
-    reader.join(PATIENCE)
-    assert not reader.is_alive()
+    for thread in begun:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 def test_the_child_ends_when_whoever_asked_it_is_killed():
@@ -582,7 +632,7 @@ def test_the_child_ends_when_whoever_asked_it_is_killed():
         "import os, signal\n"
         "from duetjax.constrain.checker import GrammarChecker\n"
         "checking = GrammarChecker(60.0)\n"
-        f"checking.check({GOOD!r}, 'schema')\n"
+        f"checking.look({GOOD!r}).result()\n"
         "print(checking._child._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

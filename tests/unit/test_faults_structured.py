@@ -6,7 +6,6 @@ from faults import Faults
 from faulty import asking, harm, lifted, server, setting
 
 from duetjax.constrain import grammars
-from duetjax.constrain.checker import GrammarChecker
 from duetjax.serve import form
 from duetjax.text.answer import ToolStyle
 
@@ -15,7 +14,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 CALLS = {"tool_style": ToolStyle.HERMES}
 
-unchecked = setting(GrammarChecker, "check", lambda *_: None)
+unchecked = setting(form, "_look", lambda *_: None)
 
 
 def keeping(schema: dict[str, Any]):
