@@ -89,10 +89,11 @@ class LoadedModel:
         *,
         reasoning: ReasoningStyle | None = None,
         tools: ToolStyle | None = None,
+        single_call: bool = False,
     ) -> Form:
         """What is asked of the answers to a prompt; `InvalidRequest` where that cannot be kept.
 
-        reasoning, tools: see `form_of`.
+        reasoning, tools, single_call: see `form_of`.
         """
         if params.max_reasoning_tokens is not None and reasoning is None:
             raise InvalidRequest(
@@ -112,6 +113,7 @@ class LoadedModel:
             reasoning=reasoning,
             tools=tools,
             max_reasoning_tokens=params.max_reasoning_tokens,
+            single_call=single_call,
         )
 
     @staticmethod

@@ -106,13 +106,15 @@ class Completion:
 
     stream: None for a model without a tokenizer; then there is no text. submitted: seconds of the
     clock that `take` is told the time by. parser: takes the text apart, where it has parts.
-    num_cached_tokens: None until its first output.
+    min_tokens: a parser that needs no more text ends it, but not before so many. num_cached_tokens:
+    None until its first output.
     """
 
     stream: TextStream | None
     submitted: float
     logprobs: list[TokenLogprob] | None
     parser: AnswerParser | None = None
+    min_tokens: int = 0
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -137,10 +139,14 @@ class Completion:
         elif params.stop:
             raise InvalidRequest("stop strings need a model with a tokenizer", param="stop")
         parser = None if form.parser is None else form.parser()
-        return cls(stream, now, None if params.logprobs is None else [], parser)
+        logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        return cls(stream, now, logprobs, parser, params.min_tokens)
 
     def take(self, output: EngineOutput, now: float) -> Delta:
-        """Adds one step's tokens; `finish` is set when a stop string or the engine ended it."""
+        """Adds one step's tokens; `finish` is set when the engine ended it.
+
+        So it is by a stop string, and by a call that is whole, if the parser takes but one.
+        """
         finish, text = output.finish, ""
         if self.stream is not None:
             if finish is None:
@@ -153,9 +159,9 @@ class Completion:
         if self.num_cached_tokens is None:
             self.num_cached_tokens = output.num_cached_tokens
         self.finish = None if finish is None else finish.value
+        self.token_ids += output.token_ids
         parts = self._apart(text)
         self.text.append(parts.content)
-        self.token_ids += output.token_ids
         self.token_times += [now - self.submitted] * len(output.token_ids)
         logprobs = None if self.logprobs is None else output.logprobs
         if self.logprobs is not None:
@@ -168,6 +174,9 @@ class Completion:
         if self.parser is None:
             return AnswerDelta(text)
         parts = self.parser.push(text)
+        is_over = self.parser.is_over and len(self.token_ids) >= self.min_tokens
+        if is_over and self.finish in (None, FinishReason.LENGTH):
+            self.finish = FinishReason.STOP.value
         if self.finish is not None:
             parts = followed(parts, self.parser.end())
             if self.parser.num_calls and self.finish == FinishReason.STOP:

@@ -118,12 +118,15 @@ class BaseLLM(ABC):
         ids = self._tokenizer().encode_chat(messages, tools=tools, template_kwargs=template_kwargs)
         return EncodedPrompt(None, tuple(ids), may_call=bool(tools))
 
-    def _form(self, prompt: EncodedPrompt, params: SamplingParams) -> Form:
+    def _form(
+        self, prompt: EncodedPrompt, params: SamplingParams, *, parallel_tool_calls: bool = True
+    ) -> Form:
         return self._model.form(
             prompt.token_ids,
             params,
             reasoning=self._reasoning_style,
             tools=self._tool_style if prompt.may_call else None,
+            single_call=not parallel_tool_calls,
         )
 
     def _tokenizer(self) -> Tokenizer:
@@ -171,17 +174,22 @@ class LLM(BaseLLM):
         *,
         use_tqdm: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        parallel_tool_calls: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template.
 
         tools: that the model may call, as in OpenAI's API; its calls are told apart from the text
-        with a tool_call_parser. chat_template_kwargs: further variables of the template.
+        with a tool_call_parser. parallel_tool_calls: False ends an answer as soon as its first call
+        is whole, but not before min_tokens. chat_template_kwargs: further variables of the
+        template.
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         batch = cast(Sequence[Sequence[Message]], [messages] if single else messages)
         encoded = [self._encode_chat(m, tools, chat_template_kwargs) for m in batch]
-        return self._run(encoded, sampling_params, 0, use_tqdm)
+        return self._run(
+            encoded, sampling_params, 0, use_tqdm, parallel_tool_calls=parallel_tool_calls
+        )
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -196,12 +204,13 @@ class LLM(BaseLLM):
         sampling_params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        parallel_tool_calls: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> Iterator[Delta]:
         """Answers one conversation piece by piece; dropping the iterator aborts it. See `chat`."""
         _check_single(sampling_params)
         encoded = self._encode_chat(messages, tools, chat_template_kwargs)
-        return self._stream(encoded, sampling_params)
+        return self._stream(encoded, sampling_params, parallel_tool_calls=parallel_tool_calls)
 
     def close(self) -> None:
         """Ends what is running and frees the engine; safe to call twice."""
@@ -219,6 +228,8 @@ class LLM(BaseLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
         use_tqdm: bool,
+        *,
+        parallel_tool_calls: bool = True,
     ) -> list[RequestOutput]:
         wanted = self._model.defaults if sampling_params is None else sampling_params
         params = _one_each(wanted, "sampling_params", len(prompts))
@@ -227,7 +238,7 @@ class LLM(BaseLLM):
         groups: list[list[Completion]] = []
         with self._call() as call:
             for name, prompt, one, order in zip(ids, prompts, params, priorities, strict=True):
-                form = self._form(prompt, one)
+                form = self._form(prompt, one, parallel_tool_calls=parallel_tool_calls)
                 requests = self._model.new_requests(name, prompt.token_ids, one, form)
                 groups.append(call.submit(prioritised(requests, order), one, form))
             total = sum(map(len, groups))
@@ -236,11 +247,17 @@ class LLM(BaseLLM):
                     bar.update(completion.finish is not None)
         return [request_output(*result) for result in zip(ids, prompts, groups, strict=True)]
 
-    def _stream(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Iterator[Delta]:
+    def _stream(
+        self,
+        prompt: EncodedPrompt,
+        params: SamplingParams | None,
+        *,
+        parallel_tool_calls: bool = True,
+    ) -> Iterator[Delta]:
         params = self._model.defaults if params is None else params
         with self._call() as call:
             name = f"llm-{next(self._numbers)}"
-            form = self._form(prompt, params)
+            form = self._form(prompt, params, parallel_tool_calls=parallel_tool_calls)
             requests = self._model.new_requests(name, prompt.token_ids, params, form)
             call.submit(requests, params, form)
             for _, delta in call.deltas():
