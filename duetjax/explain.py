@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from duetjax.config import ConfigError
+from duetjax.config import ConfigError, EngineConfig
 from duetjax.policy.duet import DuetPolicy, Prospect, Sizes, bounds
 from duetjax.policy.foresight import Foresight
 from duetjax.policy.launch import Lane, Program, Split
@@ -39,7 +39,10 @@ _MOST_TOKENS = 2**24  # of a prompt or a context; any sum of them stays within t
 
 @dataclass(frozen=True, slots=True)
 class ExplainRequest:
-    """The flags of `duetjax explain`, by their names; prefill and decode as they were typed."""
+    """The flags of `duetjax explain`, by their names; prefill and decode as they were typed.
+
+    kv_cache_dtype: as in `EngineConfig`; "auto" leaves what the model's profile says.
+    """
 
     model: str | None = None
     gpu: str | None = None
@@ -50,6 +53,7 @@ class ExplainRequest:
     hardware_profile: Path | None = None
     model_profile: Path | None = None
     attention: str = Attention.FUSED
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,8 +105,11 @@ def explain(request: ExplainRequest) -> Explanation:
         choices = " or ".join(Attention)
         raise ConfigError(f"--attention {short(request.attention)}: choose {choices}")
     details, budget = _details(request), request.max_num_batched_tokens
-    profiles = _model_profile(request), _hardware_profile(request)
-    return explained(*profiles, details, budget, Attention(request.attention))
+    kv_bytes = EngineConfig(kv_cache_dtype=request.kv_cache_dtype).kv_dtype_bytes
+    model, hardware = _model_profile(request), _hardware_profile(request)
+    if kv_bytes is not None:
+        model = replace(model, kv_dtype_bytes=kv_bytes)
+    return explained(model, hardware, details, budget, Attention(request.attention))
 
 
 def explained(
@@ -150,7 +157,8 @@ def lines(told: Explanation) -> Iterator[str]:
     contexts = told.details.contexts
     prompts = ", ".join(f"{left} after {start}" for start, left in told.details.prompts)
     met = "meets" if told.mixed_ms <= told.tbt_slo_ms else "misses"
-    yield f"{told.model.model} on {told.hardware.name}, {told.hardware.cores} cores (SMs on a GPU)"
+    hardware = told.hardware
+    yield f"{told.model.served_as} on {hardware.name}, {hardware.cores} cores (SMs on a GPU)"
     yield f"{len(contexts)} rows decode at {contexts.mean():g} tokens; prompt tokens: {prompts}"
     yield (
         f"mixed launch of {told.mixed_tokens} tokens on the whole device (program prefill"
@@ -167,7 +175,7 @@ def lines(told: Explanation) -> Iterator[str]:
     )
     yield (
         f"profiles: model derived (compiled for {told.model.compiled_for}); hardware"
-        f" {_basis(told.hardware)}"
+        f" {_basis(hardware)}"
     )
 
 

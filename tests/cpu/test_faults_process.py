@@ -293,7 +293,7 @@ def without(code: str) -> Callable[[pytest.MonkeyPatch], None]:
     "SIGTERM while it starts, as the first process of a container",
     expected="ended by SIGTERM, nothing is left",
     guard="a handler from the start on",
-    off=without("import duetjax.cli; duetjax.cli._end_by_signal = lambda *_: None"),
+    off=without("import duetjax.cli_serve as s; s._end_by_signal = lambda *_: None"),
 )
 def terminate_early(target):
     """The kernel ignores signals to that process that have no handler."""
@@ -377,7 +377,7 @@ def terminate_twice(target):
     "SIGTERM again, once all has been answered",
     expected="exit 0",
     guard="it is ignored by then",
-    off=without("import duetjax.cli; duetjax.cli._ignore_sigterm = lambda: None"),
+    off=without("import duetjax.cli_serve as s; s._ignore_sigterm = lambda: None"),
 )
 def terminate_late(target):
     slow = """
@@ -573,7 +573,7 @@ def copied_programs(target: Machine) -> list[Path]:
     "standard output that is full",
     expected="ready, exit 0",
     guard="what cannot be printed there is printed as an error",
-    off=without("import duetjax.cli; duetjax.cli._announce = lambda x: print(x, flush=True)"),
+    off=without("import duetjax.cli_serve as s; s._announce = lambda x: print(x, flush=True)"),
 )
 def full(target):
     with open("/dev/full", "w") as output, target.start(*SIM, stdout=output) as process:

@@ -104,7 +104,7 @@ def test_a_device_that_cannot_be_closed_after_a_stop_is_left_alone(tmp_path, mon
     """As when Ctrl-C came because it hung."""
     ends = []
     monkeypatch.setattr(profile_command, "_CLOSING_S", 0.1)
-    monkeypatch.setattr("duetjax.cli.atexit.register", lambda *call: ends.append(call))
+    monkeypatch.setattr("duetjax.cli_profile.atexit.register", lambda *call: ends.append(call))
     executor = Scripted("stop", LATE)
     monkeypatch.setattr(executor, "close", executor._ended.wait)
     assert profile(executor, tmp_path, "--points", "120") == 1
