@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
@@ -45,10 +45,10 @@ class _Abort:
     unless_begun: bool
 
 
-_PERMIT_SECONDS = 1e-3
+_PERMIT_SECONDS, _PERMIT_MOMENTS = 1e-3, 8
 
 type _Item = NewRequest | _Abort | Permit | FinishedStep | BaseException
-type _Word = Permit | BaseException | None
+type _Word = Sequence[Permit] | BaseException
 type CompletedLaunches = tuple[CompletedLaunch, ...]
 type LaunchWatcher = Callable[[CompletedLaunches], None]
 
@@ -93,7 +93,8 @@ class Permits(Protocol):
     def start(self, deliver: Callable[[_Word], None]) -> None:
         """Begins: `deliver` gets what comes of the calls below, from other threads.
 
-        In order of the calls for each request. An exception: nothing more will come.
+        In order of the calls for each request; of some calls nothing comes, and then none may be in
+        what is delivered. An exception: nothing more will come.
         """
 
     @property
@@ -328,11 +329,10 @@ class EngineClient:
             self._inbox.append(item)
             self._wakeup.notify()
 
-    def _deliver_permit(self, word: _Word) -> None:
+    def _deliver_permits(self, word: _Word) -> None:
         """On a thread that issues them."""
         with self._wakeup:
-            if word is not None:
-                self._inbox.append(word)
+            self._inbox += [word] if isinstance(word, BaseException) else word
             self._wakeup.notify()
 
     # What follows runs on the engine thread.
@@ -342,7 +342,7 @@ class EngineClient:
         try:
             executor.start(self._deliver)
             if self._permits is not None:
-                self._permits.start(self._deliver_permit)
+                self._permits.start(self._deliver_permits)
             self._serve(executor)
             self._abort_all()
         except BaseException as failure:  # whatever it is, nobody may be left waiting
@@ -392,11 +392,19 @@ class EngineClient:
             return inbox
 
     def _next_permits(self) -> list[Permit]:
-        """Those that come in a moment: who is not in the next launch waits for the one after it."""
+        """Those that come in a moment: who is not in the next launch waits for the one after it.
+
+        While nothing runs also those that come in the moments after that, as long as any come.
+        """
         permits = self._permits
         assert permits is not None, "a request is held, and nobody issues permits"
+        moments = 1 if self._scheduler.num_in_flight else _PERMIT_MOMENTS
         with self._wakeup:
-            self._wakeup.wait_for(lambda: permits.is_idle, _PERMIT_SECONDS)
+            for _ in range(moments):
+                before = len(self._inbox)
+                self._wakeup.wait_for(lambda: permits.is_idle, _PERMIT_SECONDS)
+                if permits.is_idle or len(self._inbox) == before:
+                    break
             came = [item for item in self._inbox if isinstance(item, Permit)]
             self._inbox = [item for item in self._inbox if not isinstance(item, Permit)]
             return came

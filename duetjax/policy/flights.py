@@ -68,6 +68,7 @@ class Flights:
         self._flights: dict[Ticket, Flight] = {}
         self._depth = dict.fromkeys(Lane, 0)
         self._ended = dict.fromkeys(Lane, 0.0)
+        self._took_ms = dict.fromkeys(Lane, 0.0)
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -83,10 +84,17 @@ class Flights:
         """Whether lanes share the device."""
         return bool(self._depth[Lane.PREFILL] or self._depth[Lane.DECODE])
 
-    @property
-    def since_prefill_ms(self) -> float:
-        """How long ago a launch of the prefill lane ended."""
-        return 1e3 * (self.now - self._ended[Lane.PREFILL])
+    def idle_ms(self, lane: Lane) -> float:
+        """How long ago the lane's last launch to end did."""
+        return 1e3 * (self.now - self._ended[lane])
+
+    def took_ms(self, lane: Lane) -> float:
+        """How long that one took, from when the lane was free for it; 0 of none."""
+        return self._took_ms[lane]
+
+    def last(self, lane: Lane) -> Flight:
+        """Of the launches on a busy lane the last."""
+        return next(each for each in reversed(self._flights.values()) if each.launch.lane is lane)
 
     def is_busy(self, lane: Lane) -> bool:
         """Whether a launch is on the lane."""
@@ -114,9 +122,9 @@ class Flights:
         del self._flights[flight.launch.ticket]
         self._depth[lane] -= 1
         began = max(flight.began, self._ended[lane])
-        self._ended[lane] = now
+        self._ended[lane], self._took_ms[lane] = now, 1e3 * (now - began)
         if flight.step is not None and self._durations is not None:
-            self._durations.observe(flight.step, 1e3 * (now - began) / flight.launch.k)
+            self._durations.observe(flight.step, self._took_ms[lane] / flight.launch.k)
         return began
 
     def repeated(self, batch: Batch) -> Launch | None:

@@ -16,6 +16,7 @@ from duetjax.policy.columns import Batch, Chunk
 from duetjax.policy.completed_launch import CompletedLaunch, completed
 from duetjax.policy.durations import Step
 from duetjax.policy.flights import Flights, Pace
+from duetjax.policy.gathering import Gathering
 from duetjax.policy.launch import FinishedStep, Lane, Launch, Program, Split
 from duetjax.policy.launch_counts import NO_DECODES, NO_PROMPTS, LaunchCounter, LaunchCounts
 from duetjax.policy.limits import SchedulerLimits
@@ -65,6 +66,7 @@ class Scheduler:
         self.watcher: Callable[[CompletedLaunch], None] | None = None
         self._flights = Flights(limits, self.pace.durations)
         self._roster = Roster(limits, self._flights)
+        self._gathering = Gathering(self._flights, self._roster)
         self._results = Results(self._roster)
         self._sequence = count()
         self._prefilled_last = False
@@ -193,6 +195,7 @@ class Scheduler:
         launches = []
         while (launch := self._next_launch()) is not None:
             launches.append(launch)
+        self._gathering.planned()
         can_run = self._flights or not self.has_work or self.awaits_permits
         assert can_run, f"nothing can run: {self.stats()}"
         return tuple(launches)
@@ -232,6 +235,8 @@ class Scheduler:
         return None if flights.are_split else self._plan_whole(decision, load)
 
     def _plan_whole(self, decision: Aggregate, load: Load) -> Launch | None:
+        if self._gathering.waits(Lane.WHOLE, self._tightest_slo_ms()):
+            return None
         prefills = load.prompt_tokens > 0
         if decision.decodes and decision.budget <= load.rows:
             prefills = False
@@ -255,7 +260,8 @@ class Scheduler:
         if not flights.are_split or flights.episode is None:
             flights.episode = decision
         split = flights.episode.split
-        if flights.has_room(Lane.DECODE):
+        slo_ms = self._tightest_slo_ms()
+        if flights.has_room(Lane.DECODE) and not self._gathering.waits(Lane.DECODE, slo_ms):
             batch, k = self._decoding(decision.k)
             if batch:
                 return self._launch(Lane.DECODE, split, batch, k=k)
@@ -276,7 +282,7 @@ class Scheduler:
             tbt_slo_ms=self._tightest_slo_ms(),
             max_k=min(int(left.max(initial=1)), free + 1),
             split=self._split,
-            handed_over_ms=flights.since_prefill_ms if roster.has_handed_over else 0.0,
+            handed_over_ms=flights.idle_ms(Lane.PREFILL) if roster.has_handed_over else 0.0,
         )
 
     def _tightest_slo_ms(self) -> float:
@@ -333,6 +339,7 @@ class Scheduler:
         k: int = 1,
     ) -> Launch:
         roster = self._roster
+        self._gathering.begins(lane)
         return self._flights.begin(lane, split, (batch, chunks), k, roster.columns, roster.deltas)
 
     # Skipping, for simulations.

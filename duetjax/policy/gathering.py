@@ -1,0 +1,63 @@
+"""Whether a lane's next launch waits for the end of this one, for rows that are held until then."""
+
+from duetjax.policy.flights import Flights
+from duetjax.policy.launch import Lane
+from duetjax.policy.roster import Roster
+
+_FIRST_GAP_MS = 1.0
+_UNSEEN_MS = 0.5
+"""Of a gap, about: until the end of a launch is known here, and until the next one runs."""
+_LEARNED, _FORGOTTEN = 0.1, 0.002
+"""Of each gap; and of what is known of them, each time that nobody waits: it may have changed."""
+_GAIN = 2.5
+"""Rows that need not wait are slowed down for much more than what they lose."""
+
+
+class Gathering:
+    """Launches that follow at once leave out rows whose next mask follows from this one's token.
+
+    Such rows, C of them, are in every other launch then, while the other P decode in each: in L ms
+    k P + C / 2 tokens where launches have k steps. If all wait for each other the lane is idle for
+    a gap of g ms, and it is k P + C in L + g. Gaps are measured wherever there are some.
+    """
+
+    def __init__(self, flights: Flights, roster: Roster) -> None:
+        self._flights = flights
+        self._roster = roster
+        self._gap_ms = _FIRST_GAP_MS
+        self._awaited: set[Lane] = set()  # had rows held at its last look
+
+    def waits(self, lane: Lane, tbt_slo_ms: float) -> bool:
+        """Whether to plan nothing more now for a lane that is busy.
+
+        tbt_slo_ms: objective that a gap must not break.
+        """
+        flights, roster = self._flights, self._roster
+        if not (roster.held and flights.is_busy(lane)):
+            return False
+        columns, tickets = roster.columns, roster.columns.ticket[roster.held.batch().slots].tolist()
+        held = sum(ticket in flights for ticket in tickets)
+        slots = roster.decoding.batch().slots
+        leash, planned = columns.leash[slots], columns.planned[slots]
+        stepwise = int(((planned == leash - 1) & (leash < columns.end[slots])).sum())
+        others = (len(slots) - stepwise) * flights.last(lane).launch.k
+        took_ms, gap_ms = flights.took_ms(lane), self._gap_ms + _UNSEEN_MS
+        breaks_objective = took_ms <= tbt_slo_ms < took_ms + gap_ms
+        gain = (held + stepwise) * (took_ms - gap_ms)
+        if held and not breaks_objective and gain > 2 * _GAIN * others * gap_ms:
+            return True
+        self._gap_ms += _FORGOTTEN * (_FIRST_GAP_MS - self._gap_ms)
+        return False
+
+    def planned(self) -> None:
+        """Nothing more is planned for now."""
+        for lane in Lane:
+            if self._flights.is_busy(lane) and self._roster.held:
+                self._awaited.add(lane)
+
+    def begins(self, lane: Lane) -> None:
+        """A launch is about to begin."""
+        if lane in self._awaited and not self._flights.is_busy(lane):
+            gap_ms = min(self._flights.idle_ms(lane), self._flights.took_ms(lane))
+            self._gap_ms += _LEARNED * (gap_ms - self._gap_ms)
+        self._awaited.discard(lane)

@@ -1,0 +1,117 @@
+"""Whether launches wait for rows under a grammar, on a device whose time is told."""
+
+from dataclasses import replace
+
+import pytest
+from constrained_run import ConstrainedRun, constraint
+from scheduler_run import limits, request
+
+from duetjax.policy.flights import Pace
+from duetjax.policy.gathering import Gathering
+from duetjax.policy.launch import Lane, Program
+from duetjax.policy.scheduler import Scheduler
+
+LAUNCH_MS, GAP_MS, TOKENS = 10.0, 1.0, 40
+BOUNDS = limits(
+    num_pages=200,
+    max_model_len=128,
+    num_slots=16,
+    decode_buckets=(16,),
+    prefill_buckets=(24,),
+    max_num_batched_tokens=24,
+    launches_per_lane=2,
+)
+
+
+class TimedRun(ConstrainedRun):
+    """Every launch takes as long, and from a launch's end it takes a moment until the next plan.
+
+    idle_ms: how long the device waited for launches, behind the first.
+    """
+
+    def __init__(self, gap_ms=GAP_MS, slo_ms=50.0):
+        super().__init__(BOUNDS)
+        self.scheduler = Scheduler(BOUNDS, pace=Pace(tbt_slo_ms=slo_ms))
+        self.gap_ms, self.idle_ms, self.free = gap_ms, 0.0, 0.0
+
+    def finish(self):
+        began = {}
+        while self.scheduler.has_work:
+            began |= {launch.ticket: self.now for launch in self.plan()}
+            [launch, _] = self.in_flight[Lane.WHOLE][0]
+            start = max(self.free, began[launch.ticket])
+            self.idle_ms += 1e3 * (start - self.free)
+            self.now = self.free = start + LAUNCH_MS / 1e3
+            self.finish_launch()
+            self.now += self.gap_ms / 1e3
+        self.check_end()
+        return self
+
+    @property
+    def decodes(self):
+        return sum(launch.program is Program.DECODE for launch in self.launches)
+
+
+def answered(*texts, **timing):
+    """A run with a request for each text, two prompts a launch. None: plain, and twice as long."""
+    run = TimedRun(**timing)
+    for i, text in enumerate(texts):
+        tokens = TOKENS if text or not any(texts) else 2 * TOKENS
+        new = request(f"r{i}", prompt_len=12, max_tokens=tokens)
+        run.add(replace(new, constraint=constraint(text)))
+    run.finish().check_answers()
+    return run
+
+
+def grammars(count):
+    return [f"one {i}" for i in range(count)]
+
+
+def test_rows_under_grammars_find_together():
+    together = answered(*grammars(8))
+    assert 0.9 * TOKENS < together.decodes < 1.2 * TOKENS
+    assert together.idle_ms < 1.2 * GAP_MS * together.decodes
+
+
+def test_without_waiting_they_would_take_turns(monkeypatch):
+    monkeypatch.setattr(Gathering, "waits", lambda *_: False)
+    assert answered(*grammars(8)).decodes > 1.8 * TOKENS
+
+
+def test_a_few_plain_rows_among_them_wait_too():
+    run = answered(*grammars(8), None)
+    assert GAP_MS * 0.8 * TOKENS < run.idle_ms < GAP_MS * 1.2 * TOKENS
+    assert run.decodes <= 2.2 * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("texts", "timing"),
+    [
+        pytest.param([*grammars(1), *[None] * 7], {}, id="most rows are plain"),
+        pytest.param([*[f"free {i}" for i in range(7)], None], {}, id="permits for all steps"),
+        pytest.param(
+            [*grammars(6), None],
+            {"slo_ms": LAUNCH_MS + GAP_MS / 2},
+            id="it would break the objective",
+        ),
+    ],
+)
+def test_nobody_waits_where(texts, timing):
+    assert answered(*texts, **timing).idle_ms == pytest.approx(0, abs=1e-6)
+
+
+def test_nobody_goes_on_waiting_where_gaps_are_long():
+    run = answered(*grammars(6), None, gap_ms=0.8 * LAUNCH_MS)
+    assert 0 < run.idle_ms < 0.3 * run.gap_ms * TOKENS
+
+
+def test_who_has_waited_too_long_tries_again_later():
+    run = TimedRun()
+    gathering = run.scheduler._gathering
+    gathering._gap_ms = LAUNCH_MS
+    for number in range(20):
+        for text in (*grammars(2), None, None):
+            new = request(f"{number} {text} {len(run.added)}", prompt_len=12, max_tokens=TOKENS)
+            run.add(replace(new, constraint=constraint(text)))
+    run.finish()
+    assert gathering._gap_ms < 0.5 * LAUNCH_MS
