@@ -19,10 +19,8 @@ from pallas_kernels.tiles import WARPGROUPS, Tiling
 AT_ONCE = 4
 """Partial results loaded together: their latencies overlap."""
 
-_BOX = 8
-"""Queries of a head that are combined by one block: a tile's heads have a multiple of so many."""
-_BOXES = WGMMA_ROWS // _BOX
-"""Of a warpgroup's queries."""
+_MOST_QUERIES = 16
+"""Of a head, that are combined by one block: more of them are fewer blocks, and more registers."""
 
 _TILE = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -88,17 +86,19 @@ def combine_spans(
     """
     (_, H, D), groups = out.shape, lse.shape[0]
     heads, tokens = tiling.heads, tiling.group_tokens
-    shape = (_BOX, D)
+    rows = min(tokens, _MOST_QUERIES)
+    boxes, shape = WGMMA_ROWS // rows, (rows, D)
 
     def body(
         means: Ref, log_sums: Ref, tiles: Ref, out: Ref, lse: Ref, out_s: Ref, lse_s: Ref
     ) -> None:
         index, part = lax.axis_index("tile"), lax.axis_index("heads")
         box = lax.axis_index("box")
-        group, box = lax.div(box, jnp.int32(_BOXES)), lax.rem(box, jnp.int32(_BOXES))
+        group, box = lax.div(box, jnp.int32(boxes)), lax.rem(box, jnp.int32(boxes))
         tile, spans = tiles[index, 0], tiles[index, 3]
         place = (tile * (H // heads) + part) * WARPGROUPS + group
-        queries = pl.ds(pl.multiple_of(box * _BOX, _BOX), _BOX)
+        first = pl.multiple_of(box * rows, rows)  # of the queries, one head after the other
+        queries = pl.ds(first, rows)
 
         def span(index: jax.Array) -> tuple[jax.Array, jax.Array]:
             at = index * groups + place
@@ -109,19 +109,18 @@ def combine_spans(
             mean, log_sum = _combined(span, jnp.int32(0), spans, shape)
             out_s[...], lse_s[...] = mean.astype(out_s.dtype), log_sum
             plgpu.commit_smem()
-            first = box * _BOX  # of the queries, one head after the other
             token = tile * tiling.tokens + group * tokens + lax.rem(first, jnp.int32(tokens))
             head = part * heads + lax.div(first, jnp.int32(tokens))
-            place_of_box = out.at[pl.ds(pl.multiple_of(token, _BOX), _BOX), head]
-            plgpu.copy_smem_to_gmem(out_s, place_of_box)
+            box_of_out = out.at[pl.ds(pl.multiple_of(token, 8), rows), head]
+            plgpu.copy_smem_to_gmem(out_s, box_of_out)
             plgpu.copy_smem_to_gmem(lse_s, lse.at[place, queries])
             plgpu.wait_smem_to_gmem(0)
 
     run: Any = plgpu.kernel(
         body,
-        scratch_types=[plgpu.SMEM(shape, out.dtype), plgpu.SMEM((_BOX,), jnp.float32)],
+        scratch_types=[plgpu.SMEM(shape, out.dtype), plgpu.SMEM((rows,), jnp.float32)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(tiles.shape[0], H // heads, WARPGROUPS * _BOXES),
+        grid=(tiles.shape[0], H // heads, WARPGROUPS * boxes),
         grid_names=("tile", "heads", "box"),
         kernel_name="combine_spans",
     )

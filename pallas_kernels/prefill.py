@@ -60,7 +60,7 @@ def prefill_tiles(
     tiling, window = Tiling.of(sizes.group), sizes.chunks.window
     blocks, most_keys = tiling.blocks(T, H), page_table.shape[1] * sizes.page_size
     if window is not None:
-        most_keys = min(most_keys, window + T)
+        most_keys = min(most_keys, window + tiling.tokens)
     spans = Spans.of(blocks, most_keys, sizes.tuning.prefill_span, sizes.tuning.prefill_step)
     work = tile_list(*rows, T, tiling, spans, window)
     count = work.tiles.shape[0]

@@ -17,7 +17,7 @@ type Ref = Any
 
 WGMMA_ROWS = 64
 LSE_LANES = 32
-"""A copy to global memory has at least 128 bytes: 32 float32, of which the first are heads."""
+"""Of log-sum-exps that decode copies to global memory; the first ones are heads."""
 
 MOST_GROUP = 16
 HEAD_DIMS = (64, 96, 128, 256)
@@ -36,7 +36,7 @@ class Tuning:
     Of decode: chunk: tokens of KV per item of work, at least; step: tokens per step of the softmax,
     64 or 128; stages: steps in flight per block; blocks: of the constant grid. Of prefill: its step
     and stages, two or more: a step's values are read with the next one's keys; prefill_span: keys
-    of a row per block, at least, where tiles are few.
+    of a row for which there is another block, where tiles are few.
     """
 
     chunk: int

@@ -23,9 +23,12 @@ MOST_HEADS = 8
 """Heads in a tile: with more of them a box of one head's tokens would be less than 8 rows."""
 
 
-MOST_SPANS = 8
+MOST_SPANS = 16
 MOST_BLOCKS = 256
-"""Of tiles and spans together, two for each multiprocessor: those without work cost time, too."""
+"""Of tiles and spans together: two waves of a GPU's, as a block has a multiprocessor for itself.
+
+More would leave smaller shares idle, but those without work cost time, too.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Tiling:
 class Spans:
     """How the keys that a row's queries see are cut: into `most` spans, a power of two, or fewer.
 
-    least: keys of a span, but for the last one. step: of the softmax; a span has whole ones.
+    least: keys for which another span is worth it. step: of the softmax; a span has whole ones.
     """
 
     most: int
@@ -64,7 +67,7 @@ class Spans:
 
     @classmethod
     def of(cls, blocks: int, most_keys: int, least: int, step: int) -> "Spans":
-        """For so many blocks of tiles, and rows whose queries see so many keys at most."""
+        """For so many blocks of tiles, each of which sees so many keys of a row at most."""
         most = 1
         while most < MOST_SPANS and 2 * most * blocks <= MOST_BLOCKS and most * least < most_keys:
             most *= 2
@@ -73,8 +76,9 @@ class Spans:
     def cuts(self, first: jax.Array, behind: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where the spans of the keys `first` up to `behind` begin, and how long each is."""
         origin = first - first % self.step
-        steps = -(-(behind - origin) // (self.most * self.step))
-        return origin, jnp.maximum(steps * self.step, self.least)
+        keys = behind - origin
+        count = jnp.clip(-(-keys // self.least), 1, self.most)
+        return origin, jnp.maximum(-(-keys // (count * self.step)), 1) * self.step
 
 
 class TileList(NamedTuple):

@@ -18,7 +18,9 @@ from pallas_kernels.tiles import WARPGROUPS
 
 pytestmark = pytest.mark.skipif(not HAS_CUDA_WHEELS, reason=WHY_NOT)
 
-T, R, M, P = 256, 32, 64, 32
+R, M, P = 32, 64, 32
+FEW, MANY = 256, 2048
+"""Tokens: tiles of few have spans, which those of many need not."""
 
 FORMS = [
     (ModelShapes(32, 8, 128, 64, "bfloat16"), PLAIN_SCORES),
@@ -36,7 +38,7 @@ FORMS = [
 ]
 
 
-def operands(target, shapes):
+def operands(target, shapes, T=FEW):
     """q, pages, page table, row offsets, cached lengths, and scales of pages in fp8."""
     K, S, D = shapes.num_kv_heads, shapes.page_size, shapes.head_dim
     is_fp8 = shapes.dtype == FP8
@@ -51,10 +53,14 @@ def operands(target, shapes):
     )
 
 
-@pytest.mark.parametrize(("shapes", "scores"), FORMS, ids=str)
-def test_a_form_spills_nothing_and_has_the_memory_that_it_says(shapes, scores, assembled):  # noqa: F811
+@pytest.mark.parametrize(
+    ("shapes", "scores", "T"),
+    [*((*form, FEW) for form in FORMS), (*FORMS[0], MANY), (*FORMS[2], MANY), (*FORMS[7], MANY)],
+    ids=str,
+)
+def test_a_form_spills_nothing_and_has_the_memory_that_it_says(shapes, scores, T, assembled):  # noqa: F811
     target, tuning = absent_gpu("h200-sxm"), kernels_for(shapes, scores).tuning
-    arguments = operands(target, shapes)
+    arguments = operands(target, shapes, T)
     sizes = Sizes.of(*arguments[:3], tuning, scores, interpreted=False)
 
     def prefill(q, pages, table, offsets, cached, scales=None):
@@ -62,6 +68,7 @@ def test_a_form_spills_nothing_and_has_the_memory_that_it_says(shapes, scores, a
 
     found, spilled = assembled(target, prefill, arguments)
     [(registers, shared)] = [found["prefill_tiles"]]
+    assert T == FEW or "combine_spans" not in found
     assert spilled == 0
     assert abs(shared - sizes.prefill_shared_bytes) < 1024
     assert shared + 512 <= SHARED_MEMORY["of a block"]  # 512: barriers
@@ -84,7 +91,7 @@ def test_layers_prefill_in_place_without_loops_and_with_one_text_of_each_kernel(
         return mark([*jax.tree.leaves(written), x])
 
     pages = [layout.operand(target.abstract)] * layout.num_arrays
-    x, place = target.abstract((T, 32, 128), "bfloat16"), target.abstract((T,), jnp.int32)
+    x, place = target.abstract((FEW, 32, 128), "bfloat16"), target.abstract((FEW,), jnp.int32)
     rows = operands(target, ModelShapes(32, 8, 128, 64, "bfloat16"))[2:5]
     with target.context():
         jitted = jax.jit(program, donate_argnums=0)

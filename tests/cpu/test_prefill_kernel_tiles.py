@@ -53,9 +53,9 @@ def test_every_longer_row_is_in_its_tiles_and_the_longest_tile_is_first(
     for (_, start, end, before), (origin, length) in zip(want, cuts, strict=True):
         first = 0 if window is None else max(0, before - window + 1)
         assert origin == first - first % spans.step
-        assert length % spans.step == 0 or spans.most == 1
-        assert length >= spans.least
-        assert origin + spans.most * length >= before + end - start
+        keys = before + end - start - origin
+        assert length % spans.step == 0
+        assert -(-keys // length) <= min(spans.most, max(1, -(-keys // spans.least)))
     assert sorted(tiles[:, 0]) == list(range(-(-NUM_TOKENS // tiling.tokens)))
     work = []
     for tile, first, behind, num_spans in tiles:
