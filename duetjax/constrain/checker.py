@@ -17,7 +17,7 @@ from duetjax.constrain.verdicts import Verdicts
 _log = logging.getLogger(__name__)
 
 _SECONDS: Final = 0.4  # twice and a new child between: an answer within a second
-_PLACES: Final = 3  # different grammars that may be here at a time
+_PLACES: Final = 8  # different grammars that may be here at a time
 _START_SECONDS: Final = 10.0
 _MEMORY_BYTES: Final = 1 << 30
 _REMEMBERED: Final = 256
