@@ -1,5 +1,7 @@
 """Whether a lane's next launch waits for the end of this one, for rows that are held until then."""
 
+from collections.abc import Callable
+
 from duetjax.policy.flights import Flights
 from duetjax.policy.launch import Lane
 from duetjax.policy.roster import Roster
@@ -10,7 +12,7 @@ _UNSEEN_MS = 0.5
 _LEARNED, _FORGOTTEN = 0.1, 0.002
 """Of each gap; and of what is known of them, each time that nobody waits: it may have changed."""
 _GAIN = 2.5
-"""Rows that need not wait are slowed down for much more than what they lose."""
+"""Rows that need not wait do so only for so many times what they lose."""
 
 
 class Gathering:
@@ -19,19 +21,19 @@ class Gathering:
     Such rows, C of them, are in every other launch then, while the other P decode in each: in L ms
     k P + C / 2 tokens where launches have k steps. If all wait for each other the lane is idle for
     a gap of g ms, and it is k P + C in L + g. Gaps are measured wherever there are some.
+
+    tbt_slo_ms: the tightest objective, which a gap must not break.
     """
 
-    def __init__(self, flights: Flights, roster: Roster) -> None:
+    def __init__(self, flights: Flights, roster: Roster, tbt_slo_ms: Callable[[], float]) -> None:
         self._flights = flights
         self._roster = roster
+        self._tbt_slo_ms = tbt_slo_ms
         self._gap_ms = _FIRST_GAP_MS
         self._awaited: set[Lane] = set()  # had rows held at its last look
 
-    def waits(self, lane: Lane, tbt_slo_ms: float) -> bool:
-        """Whether to plan nothing more now for a lane that is busy.
-
-        tbt_slo_ms: objective that a gap must not break.
-        """
+    def waits(self, lane: Lane) -> bool:
+        """Whether to plan nothing more now for a lane that is busy."""
         flights, roster = self._flights, self._roster
         if not (roster.held and flights.is_busy(lane)):
             return False
@@ -42,7 +44,7 @@ class Gathering:
         stepwise = int(((planned == leash - 1) & (leash < columns.end[slots])).sum())
         others = (len(slots) - stepwise) * flights.last(lane).launch.k
         took_ms, gap_ms = flights.took_ms(lane), self._gap_ms + _UNSEEN_MS
-        breaks_objective = took_ms <= tbt_slo_ms < took_ms + gap_ms
+        breaks_objective = took_ms <= self._tbt_slo_ms() < took_ms + gap_ms
         gain = (held + stepwise) * (took_ms - gap_ms)
         if held and not breaks_objective and gain > 2 * _GAIN * others * gap_ms:
             return True

@@ -66,7 +66,7 @@ class Scheduler:
         self.watcher: Callable[[CompletedLaunch], None] | None = None
         self._flights = Flights(limits, self.pace.durations)
         self._roster = Roster(limits, self._flights)
-        self._gathering = Gathering(self._flights, self._roster)
+        self._gathering = Gathering(self._flights, self._roster, self._tightest_slo_ms)
         self._results = Results(self._roster)
         self._sequence = count()
         self._prefilled_last = False
@@ -214,6 +214,8 @@ class Scheduler:
         load = Load(rows, roster.prompt_tokens, self._details)
         if not (load.rows or load.prompt_tokens):
             return None
+        if self._gathering.waits(Lane.WHOLE):
+            return None
         decision = self._policy.decide(load)
         flights.why = decision.why
         were_split = flights.are_split
@@ -235,8 +237,6 @@ class Scheduler:
         return None if flights.are_split else self._plan_whole(decision, load)
 
     def _plan_whole(self, decision: Aggregate, load: Load) -> Launch | None:
-        if self._gathering.waits(Lane.WHOLE, self._tightest_slo_ms()):
-            return None
         prefills = load.prompt_tokens > 0
         if decision.decodes and decision.budget <= load.rows:
             prefills = False
@@ -260,8 +260,7 @@ class Scheduler:
         if not flights.are_split or flights.episode is None:
             flights.episode = decision
         split = flights.episode.split
-        slo_ms = self._tightest_slo_ms()
-        if flights.has_room(Lane.DECODE) and not self._gathering.waits(Lane.DECODE, slo_ms):
+        if flights.has_room(Lane.DECODE) and not self._gathering.waits(Lane.DECODE):
             batch, k = self._decoding(decision.k)
             if batch:
                 return self._launch(Lane.DECODE, split, batch, k=k)

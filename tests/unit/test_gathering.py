@@ -9,6 +9,7 @@ from scheduler_run import limits, request
 from duetjax.policy.flights import Pace
 from duetjax.policy.gathering import Gathering
 from duetjax.policy.launch import Lane, Program
+from duetjax.policy.policies import Aggregate
 from duetjax.policy.scheduler import Scheduler
 
 LAUNCH_MS, GAP_MS, TOKENS = 10.0, 1.0, 40
@@ -34,9 +35,12 @@ class TimedRun(ConstrainedRun):
         self.scheduler = Scheduler(BOUNDS, pace=Pace(tbt_slo_ms=slo_ms))
         self.gap_ms, self.idle_ms, self.free = gap_ms, 0.0, 0.0
 
-    def finish(self):
-        began = {}
+    def finish(self, later=None):
+        """later: requests that come when there have been so many launches."""
+        began, later = {}, later or {}
         while self.scheduler.has_work:
+            if (new := later.pop(len(self.launches), None)) is not None:
+                self.add(new)
             began |= {launch.ticket: self.now for launch in self.plan()}
             [launch, _] = self.in_flight[Lane.WHOLE][0]
             start = max(self.free, began[launch.ticket])
@@ -115,3 +119,31 @@ def test_who_has_waited_too_long_tries_again_later():
             run.add(replace(new, constraint=constraint(text)))
     run.finish()
     assert gathering._gap_ms < 0.5 * LAUNCH_MS
+
+
+class Owing:
+    """Decode alone, then the prompts that are owed a launch, in turn."""
+
+    def __init__(self):
+        self._owes = False
+
+    def decide(self, load):
+        owed, self._owes = self._owes, False
+        if not (load.rows and load.prompt_tokens):
+            return Aggregate(24)
+        if owed:
+            return Aggregate(24, decodes=False)
+        self._owes = True
+        return Aggregate(load.rows)
+
+
+def test_what_a_policy_owes_to_prompts_is_not_lost_by_waiting():
+    run, late = TimedRun(), request("late", prompt_len=20, max_tokens=2)
+    run.scheduler = Scheduler(BOUNDS, Owing(), Pace())
+    for number, text in enumerate(grammars(8)):
+        new = request(f"g{number}", prompt_len=3, max_tokens=TOKENS)
+        run.add(replace(new, constraint=constraint(text)))
+    run.finish(later={5: late})
+    prefills = [i for i, launch in enumerate(run.launches) if launch.program is Program.PREFILL]
+    assert 5 <= prefills[-1] < 10
+    assert len(run.launches) > TOKENS
