@@ -170,7 +170,7 @@ def test_a_table_is_a_line_per_entry():
     [
         (lambda: Tuning(500, 64, 2, 1), "chunks and spans are powers of two"),
         (lambda: Tuning(64, 64, 2, 1), "chunks and spans are powers of two"),
-        (lambda: Tuning(512, 32, 2, 1), "a step"),
+        (lambda: Tuning(512, 32, 2, 1), r"steps \(64, 128\)"),
         (lambda: Tuning(512, 64, 0, 1), "stages and blocks are 1 or more"),
         (lambda: Scores(soft_cap=0.0), "caps and windows are positive"),
         (lambda: Scores(window=0), "caps and windows are positive"),

@@ -153,9 +153,9 @@ def test_an_engine_that_dies_fails_what_it_had(alphabet):
 
 def test_ctrl_c_tells_what_was_seen_until_then(alphabet):
     def interrupt():
-        wait_until(lambda: len(alphabet.engine.submitted) == 3, "requests under way")
+        wait_until(lambda: len(alphabet.engine.submitted) >= 3, "requests under way")
         os.kill(os.getpid(), signal.SIGINT)
-        wait_until(lambda: len(alphabet.engine.aborted) == 3, "aborts")
+        wait_until(lambda: len(alphabet.engine.aborted) >= 3, "aborts")
         alphabet.engine.executor.release()
 
     alphabet.engine.executor.hold()

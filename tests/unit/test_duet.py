@@ -492,7 +492,7 @@ def test_what_is_chosen_is_as_good_as_if_all_sizes_had_been_weighed(
     chosen = prospect.choose(within, mixed_ms, None)
     best = choose(prospect.candidates(longest, mixed_ms), within, None)
     assert chosen.outcome is best.outcome
-    assert chosen.throughput >= 0.98 * best.throughput
+    assert chosen.throughput >= 0.97 * best.throughput
 
 
 def test_where_all_larger_launches_are_too_long_the_smallest_is_asked_about_too():
