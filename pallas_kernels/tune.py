@@ -3,8 +3,8 @@
 --out FILE has what was measured beside what the table has, and leaves the package as it is.
 
 For each shape the fastest of a few dozen candidates, found one field after another: of decode at 64
-rows of 4096 keys, of prefill at a prompt of 8192. Chunks and steps change results in their last
-bits; chunks are left alone unless asked for.
+rows of 4096 keys, of prefill at a prompt of 8192, of its spans at 256 tokens behind 7936. Chunks,
+spans and steps change results in their last bits; the first two are left alone unless asked for.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +21,14 @@ import jax.numpy as jnp
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.shapes import DTYPES, HEAD_DIMS, PAGE_SIZES, PLAIN_SCORES, Sizes, Tuning
-from pallas_kernels.timing import PrefillLoad, Workload, decode_seconds, seconds_per_call, wide
+from pallas_kernels.timing import (
+    PrefillLoad,
+    Workload,
+    decode_seconds,
+    in_wide_table,
+    seconds_per_call,
+    wide,
+)
 from pallas_kernels.tuning import TABLE, Case, Entry, read_table, table_text, tuning_for
 
 SHARED_MEMORY = 232448
@@ -32,6 +40,7 @@ type Choices = list[tuple[str, tuple[int, ...]]]
 """Fields of a tuning and their values, in the order in which they are settled."""
 
 _OF_PREFILL: Choices = [("prefill_step", (64, 128)), ("prefill_stages", (2, 3, 4))]
+_OF_SPANS: Choices = [("prefill_span", (512, 1024, 2048, 4096))]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +64,10 @@ def fastest(case: Case, cores: int, *, with_chunk: bool) -> tuple[Tuning, str]:
     """The best tuning that was found for a case, and how long the workloads take with it."""
     heads = Heads(32, 8, case.head_dim, 2, jnp.dtype(case.dtype).itemsize)
     decode = Workload(64, 4096, heads, case.page_size, case.dtype)
-    prefill = PrefillLoad(1, 8192, 0, heads, case.page_size, case.dtype)
+    prefill, few = (
+        PrefillLoad(1, new, cached, heads, case.page_size, case.dtype)
+        for new, cached in ((8192, 0), (256, 7936))
+    )
     entry = tuning_for(case)
     assert entry is not None, case
     tuning, found = entry.tuning, []
@@ -63,12 +75,16 @@ def fastest(case: Case, cores: int, *, with_chunk: bool) -> tuple[Tuning, str]:
     def of_decode(tuning: Tuning) -> float:
         return decode_seconds(MosaicKernels(tuning), decode)
 
-    def of_prefill(tuning: Tuning) -> float:
-        return seconds_per_call(MosaicKernels(tuning).prefill_attention, prefill.operands())
+    def of_prefill(load: PrefillLoad, tuning: Tuning) -> float:
+        q, pages, table, *rows = load.operands()
+        table = in_wide_table(table, load.page_size)
+        attention = MosaicKernels(tuning).prefill_attention
+        return seconds_per_call(attention, (q, pages, table, *rows))
 
     for name, seconds_of, choices in (
         ("decode", of_decode, _of_decode(cores, with_chunk=with_chunk)),
-        ("prefill", of_prefill, _OF_PREFILL),
+        ("prefill", partial(of_prefill, prefill), _OF_PREFILL),
+        ("few tokens", partial(of_prefill, few), _OF_SPANS if with_chunk else []),
     ):
         tuning, seconds = settled(tuning, seconds_of, choices, lambda it: fits(it, decode))
         print(f"{case} {tuning} {name} {seconds * 1e6:.1f} us", flush=True)  # noqa: T201
@@ -125,7 +141,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, default=[128])
     parser.add_argument("--page-size", type=int, nargs="+", choices=PAGE_SIZES, default=[64])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--chunk", action="store_true", help="tune what changes bits, too")
+    parser.add_argument("--chunk", action="store_true", help="tune chunks and spans, too")
     parser.add_argument("--out", type=Path, default=TABLE, help="in place of the package's table")
     return parser.parse_args(arguments)
 
