@@ -11,6 +11,7 @@ beside them: are gaps within the objective? Last line: one JSON document.
 
 import argparse
 import json
+import math
 import os
 import platform
 import queue
@@ -68,7 +69,7 @@ class Rows:
         model.engine.start(self._outputs.put)
 
     def run(self, constrained: int) -> tuple[float, float]:
-        """Of plain rows and of those under the grammar; NaN where there are none."""
+        """Of plain rows, while there are others, and of those; NaN where there are none."""
         self._calls += 1
         times: dict[str, list[float]] = {}
         live = [self._request(row, row < constrained) for row in range(self._rows)]
@@ -82,8 +83,10 @@ class Rows:
                 times[output.id] += [now] * len(output.token_ids)
                 if output.finish is not None:
                     waiting.discard(output.id)
-        means = [_mean_ms(times[new.id]) for new in live]
-        return _mean(means[constrained:]), _mean(means[:constrained])
+        rows = [times[new.id] for new in live]
+        end = max((row[-1] for row in rows[:constrained]), default=math.inf)
+        plain = [_mean_ms([at for at in row if at <= end]) for row in rows[constrained:]]
+        return _mean(plain), _mean([_mean_ms(row) for row in rows[:constrained]])
 
     def _request(self, row: int, is_constrained: bool) -> NewRequest:
         prompt = tuple(range(20 + row, 60 + row))

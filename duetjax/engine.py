@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
@@ -48,7 +48,7 @@ class _Abort:
 _PERMIT_SECONDS, _PERMIT_MOMENTS = 1e-3, 8
 
 type _Item = NewRequest | _Abort | Permit | FinishedStep | BaseException
-type _Word = Sequence[Permit] | BaseException
+type _Word = Permit | BaseException | None
 type CompletedLaunches = tuple[CompletedLaunch, ...]
 type LaunchWatcher = Callable[[CompletedLaunches], None]
 
@@ -93,8 +93,7 @@ class Permits(Protocol):
     def start(self, deliver: Callable[[_Word], None]) -> None:
         """Begins: `deliver` gets what comes of the calls below, from other threads.
 
-        In order of the calls for each request; of some calls nothing comes, and then none may be in
-        what is delivered. An exception: nothing more will come.
+        In order of the calls for each request. An exception: nothing more will come.
         """
 
     @property
@@ -329,11 +328,14 @@ class EngineClient:
             self._inbox.append(item)
             self._wakeup.notify()
 
-    def _deliver_permits(self, word: _Word) -> None:
-        """On a thread that issues them."""
+    def _deliver_permit(self, word: _Word) -> None:
+        """On a thread that issues them; each time it wakes the engine's the two are in turns."""
+        assert self._permits is not None, "a permit from nobody"
         with self._wakeup:
-            self._inbox += [word] if isinstance(word, BaseException) else word
-            self._wakeup.notify()
+            if self._permits.is_idle or not self._inbox:
+                self._wakeup.notify()
+            if word is not None:
+                self._inbox.append(word)
 
     # What follows runs on the engine thread.
 
@@ -342,7 +344,7 @@ class EngineClient:
         try:
             executor.start(self._deliver)
             if self._permits is not None:
-                self._permits.start(self._deliver_permits)
+                self._permits.start(self._deliver_permit)
             self._serve(executor)
             self._abort_all()
         except BaseException as failure:  # whatever it is, nobody may be left waiting
@@ -401,11 +403,11 @@ class EngineClient:
         moments = 1 if self._scheduler.num_in_flight else _PERMIT_MOMENTS
         with self._wakeup:
             for _ in range(moments):
-                before = len(self._inbox)
+                before = sum(isinstance(item, Permit) for item in self._inbox)
                 self._wakeup.wait_for(lambda: permits.is_idle, _PERMIT_SECONDS)
-                if permits.is_idle or len(self._inbox) == before:
+                came = [item for item in self._inbox if isinstance(item, Permit)]
+                if permits.is_idle or len(came) == before:
                     break
-            came = [item for item in self._inbox if isinstance(item, Permit)]
             self._inbox = [item for item in self._inbox if not isinstance(item, Permit)]
             return came
 

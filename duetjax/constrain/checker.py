@@ -44,16 +44,19 @@ class GrammarChecker:
     def __init__(self, seconds: float = _SECONDS, places: int = _PLACES) -> None:
         self._seconds = seconds
         self._places = places
-        self._asking = threading.Lock()  # of the child
-        self._child: _Child | None = None
-        self._lock = threading.Lock()  # of what follows, for moments
-        self._looks: dict[str, Future[str]] = {}  # under way, by grammar
         self._verdicts = Verdicts(_REMEMBERED)
+        self._asked: SimpleQueue[str | None] = SimpleQueue()
+        self._lock = threading.Lock()  # of what follows, for moments
+        self._looks: dict[str, Future[str]] = {}  # asked for and not over, by grammar
+        self._thread: threading.Thread | None = None
+        self._child: _Child | None = None
+        self._is_closed = False
 
     def look(self, grammar: str) -> Future[str]:
         """What is wrong with a grammar, once that is known; "" for one that can be used.
 
-        Nobody who waits for it can cancel it. Raises `CheckerBusy`.
+        Nobody who waits for it can cancel it; it comes to `CheckerBusy` where `close` ends it.
+        Raises that, too.
         """
         with self._lock:
             if (look := self._looks.get(grammar)) is not None:
@@ -65,25 +68,30 @@ class GrammarChecker:
                 return look
             if len(self._looks) >= self._places:
                 raise CheckerBusy("too many schemas are being compiled; send it again later")
-            threading.Thread(
-                target=self._take, args=(grammar,), name="duetjax-look", daemon=True
-            ).start()
+            if self._thread is None:
+                thread = threading.Thread(target=self._look_all, name="duetjax-looks", daemon=True)
+                thread.start()
+                self._thread = thread
             self._looks[grammar] = look
+            self._asked.put(grammar)
             return look
 
     def close(self) -> None:
-        """Ends the child."""
-        with self._asking:
+        """Ends the child, and whatever looks there are."""
+        with self._lock:
+            self._is_closed = True
             self._drop()
+        self._asked.put(None)
 
-    def _take(self, grammar: str) -> None:
-        """On a thread of its own: one look."""
-        try:
-            fault = self._ask(grammar)
-        except BaseException as error:  # whoever waits would for ever
-            self._over(grammar).set_exception(error)
-        else:
-            self._over(grammar).set_result(fault)
+    def _look_all(self) -> None:
+        """On a thread of its own."""
+        while (grammar := self._asked.get()) is not None:
+            try:
+                fault = self._ask(grammar)
+            except BaseException as error:  # whoever waits would for ever
+                self._over(grammar).set_exception(error)
+            else:
+                self._over(grammar).set_result(fault)
 
     def _over(self, grammar: str) -> Future[str]:
         with self._lock:
@@ -98,12 +106,15 @@ class GrammarChecker:
         return "it takes too long to compile; make it simpler"
 
     def _ask_child(self, grammar: str) -> str | None:
-        with self._asking:
+        with self._lock:
+            if self._is_closed:
+                raise CheckerBusy("no schemas are compiled any more; the server is shutting down")
             child = self._child = self._child or _Child()
-            answer = child.ask(grammar, self._seconds)
-            if answer is None:
+        answer = child.ask(grammar, self._seconds)
+        if answer is None:
+            with self._lock:
                 self._drop()
-            return answer
+        return answer
 
     def _drop(self) -> None:
         if self._child is not None:
@@ -135,7 +146,7 @@ class _Child:
             self._process.stdin.write(json.dumps(grammar).encode() + b"\n")
             self._process.stdin.flush()
             said = self._said.get(timeout=seconds)
-        except (Empty, OSError):
+        except (Empty, OSError, ValueError):  # the last: `kill` has closed its pipe
             return None
         return str(json.loads(said)) if said else None
 

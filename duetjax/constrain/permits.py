@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -13,9 +12,6 @@ if TYPE_CHECKING:
     from duetjax.constrain.follower import Compiled, Follower
 
 _log = logging.getLogger(__name__)
-
-_DELIVERED_S = 1e-3
-"""Permits are handed on together as often as this: each time wakes the engine's thread."""
 
 type _Job = Callable[[], Permit | None]
 
@@ -42,7 +38,7 @@ class PermitIssuer:
         self._followers: dict[str, Follower] = {}  # of the second
         self._is_closed = False
 
-    def start(self, deliver: "Callable[[Sequence[Permit] | BaseException], None]") -> None:
+    def start(self, deliver: "Callable[[Permit | BaseException | None], None]") -> None:
         """See `engine.Permits`."""
         self._deliver = deliver
         for name, run in (("grammars", self._compile_all), ("permits", self._follow_all)):
@@ -91,32 +87,21 @@ class PermitIssuer:
             try:
                 follower = self._follower(request_id, constraint)
             except Exception as error:
-                self._deliver([_fault(request_id, error)])
+                self._deliver(_fault(request_id, error))
                 continue
             self._num_asked += 1
             self._jobs.put((request_id, lambda new=follower: self._begin(new)))  # type: ignore[misc]
 
     def _follow_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            began, permits, num_done = time.monotonic(), list[Permit](), 0
-            while job is not None and not self._is_closed:
-                permit, num_done = self._answer(*job), num_done + 1
-                if permit is not None:
-                    permits.append(permit)
-                if self._jobs.empty() or time.monotonic() - began > _DELIVERED_S:
-                    break
-                job = self._jobs.get()
-            self._num_done += num_done
-            self._deliver(permits)
-            if job is None:
-                break
-
-    def _answer(self, request_id: str, work: _Job) -> Permit | None:
-        try:
-            return work()
-        except Exception as error:
-            self._followers.pop(request_id, None)
-            return _fault(request_id, error)
+        while (job := self._jobs.get()) is not None and not self._is_closed:
+            request_id, work = job
+            try:
+                permit = work()
+            except Exception as error:
+                self._followers.pop(request_id, None)
+                permit = _fault(request_id, error)
+            self._num_done += 1
+            self._deliver(permit)
 
     def _follower(self, request_id: str, constraint: Constraint) -> "Follower":
         from duetjax.constrain.follower import Compiled, Follower, vocabulary  # loads llguidance

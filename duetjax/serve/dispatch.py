@@ -75,6 +75,7 @@ class Dispatcher:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[str, Mailbox] = {}
+        self._waiters: set[asyncio.Future[None]] = set()
         self._failure: HttpError | None = None
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -103,6 +104,21 @@ class Dispatcher:
         for request_id in ids:
             self._mailboxes.pop(request_id).close()
 
+    async def unless_given_up[T](self, future: asyncio.Future[T]) -> T:
+        """What a future comes to; raises the failure if every call is given up before that."""
+        if self._failure is not None:
+            raise self._failure
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait((future, waiter), return_when=asyncio.FIRST_COMPLETED)
+            if self._failure is not None and not future.done():
+                raise self._failure
+            return future.result()
+        finally:
+            self._waiters.discard(waiter)
+            future.cancel()
+
     @property
     def num_waiting(self) -> int:
         """Requests whose outputs somebody waits for."""
@@ -113,6 +129,9 @@ class Dispatcher:
         self._failure = failure
         for mailbox in set(self._mailboxes.values()):
             mailbox.put(failure)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _deliver(self, outputs: StepOutputs, at: float) -> None:
         for output in outputs:

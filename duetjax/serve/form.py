@@ -30,12 +30,13 @@ class Grammar:
 async def wait_for_look(context: Context, call: Call) -> None:
     """Until the grammar of a call has been looked at, in places of the queue.
 
-    Raises `InvalidRequest` for a grammar that cannot be used, and what `QueueBound.places` does.
+    Raises `InvalidRequest` for a grammar that cannot be used, what `QueueBound.places` does, and
+    with what every call is given up.
     """
     if call.form.look is None:
         return
     with context.queue.places(len(call.choices)):
-        fault = await asyncio.wrap_future(call.form.look)
+        fault = await context.dispatcher.unless_given_up(asyncio.wrap_future(call.form.look))
     if fault:
         raise InvalidRequest(f"the schema cannot be used: {fault}", param=call.form.param)
 

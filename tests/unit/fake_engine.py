@@ -10,7 +10,7 @@ nothing but what it says. Constraints are taken and not kept to.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fake_executor import FakeExecutor, SlotState
 
@@ -139,20 +139,20 @@ class OpenPermits:
         """Who begins from now on goes no further than `after` tokens; infinity is for ever."""
         self._most = after
 
-    def start(self, deliver: Callable[[Sequence[Permit]], None]) -> None:
+    def start(self, deliver: Callable[[Permit | None], None]) -> None:
         """See `engine.Permits`."""
         self._deliver = deliver
 
     def begin(self, request_id: str, constraint: Constraint) -> None:
         """See `engine.Permits`."""
         self._counts[request_id] = 0
-        self._deliver(self._fault(request_id) or [Permit(request_id, 0, steps=None)])
+        self._deliver(self._permit(request_id) or Permit(request_id, 0, steps=None))
 
     def sampled(self, request_id: str, token: int | None) -> None:
         """See `engine.Permits`."""
         if request_id in self._counts:
             self._counts[request_id] = 0 if token is None else self._counts[request_id] + 1
-            self._deliver(self._fault(request_id))
+            self._deliver(self._permit(request_id))
 
     def end(self, request_id: str) -> None:
         """See `engine.Permits`."""
@@ -161,10 +161,9 @@ class OpenPermits:
     def close(self) -> None:
         """See `engine.Permits`."""
 
-    def _fault(self, request_id: str) -> Sequence[Permit]:
+    def _permit(self, request_id: str) -> Permit | None:
         count = self._counts[request_id]
-        has_come = count >= self._most
-        return [Permit(request_id, count, error="as the test asked")] if has_come else []
+        return Permit(request_id, count, error="as the test asked") if count >= self._most else None
 
 
 class FakeEngine(EngineClient):

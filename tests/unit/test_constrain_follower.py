@@ -8,13 +8,11 @@ import queue
 import random
 from functools import cache
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import pytest
 from json_schemas import is_valid, random_schema
 
-from duetjax.constrain import permits
 from duetjax.constrain.follower import Compiled, Follower
 from duetjax.constrain.follower import vocabulary as read
 from duetjax.constrain.grammars import fault, json_grammar
@@ -460,7 +458,7 @@ def issuing(request):
     """Who issues permits, and a queue of what it delivers."""
     text = getattr(request, "param", TOKENIZER.read_text)
     issuer, came = PermitIssuer(text, NUM_TOKENS, [EOS]), queue.SimpleQueue()
-    issuer.start(lambda permits: [came.put(each) for each in permits])
+    issuer.start(came.put)
     yield issuer, lambda: came.get(timeout=60)
     issuer.close()
 
@@ -471,9 +469,10 @@ def test_what_is_asked_of_a_request_is_answered_in_order(issuing):
     permits = [next_permit()]
     for token in (100, 101, None):
         issuer.sampled("a", token)
-    permits += [next_permit() for _ in range(2)]
-    assert [(each.id, each.at, each.steps) for each in permits] == [
+    permits += [next_permit() for _ in range(3)]
+    assert [each and (each.id, each.at, each.steps) for each in permits] == [
         ("a", 0, 2),
+        None,
         ("a", 2, 1),
         ("a", 0, 2),
     ]
@@ -500,29 +499,7 @@ def test_of_a_request_that_has_ended_nothing_more_is_said(issuing):
     issuer.sampled("a", 100)
     issuer.sampled("a", None)
     issuer.end("never begun")
-    issuer.begin("b", Constraint(grammar(RECORD)))
-    assert next_permit().id == "b"
-
-
-def test_permits_that_are_asked_for_together_are_handed_on_together(monkeypatch):
-    issuer, came = PermitIssuer(TOKENIZER.read_text, NUM_TOKENS, [EOS]), queue.SimpleQueue()
-    all_are_asked, sampled = Event(), Follower.sampled
-
-    def once_all_are_asked(follower, token):
-        assert all_are_asked.wait(60)
-        return sampled(follower, token)
-
-    monkeypatch.setattr(permits, "_DELIVERED_S", 60.0)
-    monkeypatch.setattr(Follower, "sampled", once_all_are_asked)
-    issuer.start(came.put)
-    for name in "abcd":
-        issuer.begin(name, Constraint(None, reasoning(1)))
-        assert [permit.id for permit in came.get(timeout=60)] == [name]
-    for name in "abcd":
-        issuer.sampled(name, 100)
-    all_are_asked.set()
-    assert [permit.id for permit in came.get(timeout=60)] == [*"abcd"]
-    issuer.close()
+    assert [next_permit() for _ in range(4)] == [None] * 4
 
 
 @pytest.mark.parametrize("issuing", [lambda: "no tokenizer"], indirect=True)

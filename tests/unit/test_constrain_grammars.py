@@ -549,6 +549,18 @@ def test_beyond_its_places_other_grammars_are_turned_away(child):
     assert sorted(child.asked) == sorted([GOOD, OTHER, BAD])
 
 
+def test_close_ends_the_looks_under_way_and_begins_no_other(scripted):
+    checking = GrammarChecker(PATIENCE, places=3)
+    pid = int(said_of(checking, "one").split()[-1])
+    looks = [checking.look(text) for text in ("hang", "two", "three")]
+    checking.close()
+    for look in looks:
+        with pytest.raises(CheckerBusy, match="shutting down"):
+            look.result(PATIENCE)
+    assert checking._child is None
+    assert not is_running(pid)
+
+
 @pytest.mark.parametrize("how", ["hang", "die"])
 def test_who_shares_a_look_that_fails_is_told_so_too(scripted, how):
     checking = GrammarChecker(0.5, places=1)

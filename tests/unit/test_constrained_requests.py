@@ -312,7 +312,7 @@ class Permits(Issuer):
                 self._passes.acquire()
                 self.held.clear()
             self._num_done += 1
-            deliver([each for each in [self.came.popleft()] if each is not None])
+            deliver(self.came.popleft())
             self.num_delivered += 1
 
 

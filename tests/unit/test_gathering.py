@@ -1,6 +1,7 @@
 """Whether launches wait for rows under a grammar, on a device whose time is told."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from constrained_run import ConstrainedRun, constraint
@@ -119,6 +120,48 @@ def test_who_has_waited_too_long_tries_again_later():
             run.add(replace(new, constraint=constraint(text)))
     run.finish()
     assert gathering._gap_ms < 0.5 * LAUNCH_MS
+
+
+def test_prompts_hardly_lose_by_it():
+    run = TimedRun()
+    run.add(replace(request("g", max_tokens=TOKENS), constraint=constraint("one 1")))
+    for number in range(30):
+        run.add(request(f"p{number}", prompt_len=100, max_tokens=1))
+    run.finish()
+    prefills = sum(launch.program is Program.PREFILL for launch in run.launches)
+    assert prefills > 100
+    assert run.idle_ms < 0.1 * GAP_MS * prefills
+
+
+def test_a_lane_that_has_nothing_to_do_is_no_gap():
+    run = TimedRun()
+    gathering = run.scheduler._gathering
+    for number in range(20):
+        news = [request(f"{number} {text}", max_tokens=4) for text in grammars(2)]
+        run.add(*(replace(new, constraint=constraint("one 1")) for new in news))
+        run.finish()
+        run.now = run.free = run.now + 10.0  # nobody is there
+    assert gathering._gap_ms == pytest.approx(GAP_MS, rel=0.1)
+
+
+def test_only_the_lane_that_rows_are_held_for_has_a_gap():
+    busy = set()
+    lanes = SimpleNamespace(
+        is_busy=busy.__contains__, idle_ms=lambda lane: 30.0, took_ms=lambda lane: 150.0
+    )
+    gathering = Gathering(lanes, SimpleNamespace(held=["g"]), lambda: 50.0)
+
+    def learned(before, after):
+        busy.update(before)
+        gathering.planned()
+        busy.clear()
+        gathering.begins(after)
+        return gathering._gap_ms > GAP_MS
+
+    assert not learned({Lane.DECODE, Lane.PREFILL}, Lane.PREFILL)
+    assert not learned({Lane.DECODE}, Lane.WHOLE)
+    assert not learned({Lane.WHOLE}, Lane.DECODE)
+    assert learned({Lane.DECODE, Lane.PREFILL}, Lane.DECODE)
 
 
 class Owing:

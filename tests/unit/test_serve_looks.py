@@ -183,3 +183,14 @@ def test_who_waits_for_a_look_as_the_server_ends_is_told_so(folder, child, pool)
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "shutting_down"
         assert not served.engine.requests
+
+
+def test_who_waits_for_a_look_when_all_is_given_up_is_told_so_at_once(folder, child, pool):
+    with serving(folder) as served:
+        crowd = sent(served, pool, *completion(), count=3)
+        wait_until(lambda: served.context.queue._num_unsubmitted == 3, "three that wait")
+        served.server.stop()
+        served.server.stop()
+        for response in results(crowd):  # nobody has answered the look
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "shutting_down"
