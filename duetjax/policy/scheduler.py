@@ -387,6 +387,7 @@ class Scheduler:
             flight.step_ends += (now,)
         if flight.next_step == flight.launch.k:
             began = self._flights.complete(flight, now)
+            self._gathering.ended(flight, began)
             self._roster.complete(finished.ticket)
             self._counter.completed(flight, now - began)
             if flight.launch.split is not None and not self._flights.are_split:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from server_process import metric, serving
 
-STORMS, CONNECTIONS = 10, 1000
+STORMS, CONNECTIONS = 5, 1000
 PATIENCE = 30.0  # seconds until what they held must be back
 SPARE_DESCRIPTORS = 100
 FLAGS = (
@@ -38,7 +38,7 @@ def descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_ten_storms_leave_nothing_behind(descriptors):
+def test_five_storms_leave_nothing_behind(descriptors):
     with serving(*FLAGS) as (process, url):
         pids = (process.pid, child_of(process.pid))
         answer = control(url)

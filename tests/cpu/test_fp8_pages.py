@@ -304,7 +304,7 @@ class Engine:
 
     def __init__(self, folder, **settings):
         config = EngineConfig(
-            **{"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64} | settings
+            **{"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64} | settings
         )
         self.client, self.plan = build_engine(resolve_model(str(folder)), config)
         self._outputs = queue.SimpleQueue()

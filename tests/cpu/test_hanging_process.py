@@ -9,7 +9,7 @@ from server_process import metric, serving
 
 HERE = Path(__file__).parent
 PATIENCE = 60  # seconds
-SIZES = ("--max-num-seqs", "2", "--max-num-batched-tokens", "128")  # few programs
+SIZES = ("--max-num-seqs", "1", "--max-num-batched-tokens", "64")  # few programs
 DEMO_BODY = {
     "model": "duetjax-demo",
     "prompt": "Once",

@@ -76,6 +76,7 @@ def dense_logits(leaves, tokens, last):
 
 
 jitted_sample = jax.jit(sample)
+jitted_unpack = jax.jit(unpack)
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Row:
         logits = np.asarray(dense_logits(weights(), padded, len(self.tokens) - 1))
         tables = HostTables(SlotShapes(0, WIDTH, config().vocab_size))
         tables.apply(Launch(0, Program.DECODE, 2, (0,), admitted=(replace(self.params(), slot=0),)))
-        params, _ = unpack(tables.tables().params)
+        params, _ = jitted_unpack(tables.tables().params)
         counts = np.bincount(self.tokens[self.num_prompt :], minlength=config().vocab_size)
         noise = np.random.default_rng(0).uniform(-ROUNDING, ROUNDING, logits.shape)
         for shift in (0, noise, -noise):
@@ -126,10 +127,9 @@ class Row:
 
     def check(self, token, flags, logprob):
         """Takes over a token that the device has sampled."""
-        drawn = list(self.draws())
-        assert token in {int(d.token[0]) for d in drawn}
-        same = [d for d in drawn if int(d.token[0]) == token]
-        assert logprob == pytest.approx(float(same[0].logprob[0]), abs=1e-3)
+        same = next((drawn for drawn in self.draws() if int(drawn.token[0]) == token), None)
+        assert same is not None
+        assert logprob == pytest.approx(float(same.logprob[0]), abs=1e-3)
         self.tokens.append(token)
         self.stopped = token in self.stop_ids
         wanted = RowFlag.SAMPLED

@@ -117,7 +117,7 @@ async def pages_return(url, wanted):
 
 
 def test_sigterm_lets_a_stream_finish_and_exits_with_zero():
-    with serving("--max-num-seqs", "2", "--max-num-batched-tokens", "128") as (process, url):
+    with serving("--max-num-seqs", "1", "--max-num-batched-tokens", "64") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with (
             client,

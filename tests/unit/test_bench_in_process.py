@@ -155,6 +155,7 @@ def test_ctrl_c_tells_what_was_seen_until_then(alphabet):
     def interrupt():
         wait_until(lambda: len(alphabet.engine.submitted) >= 3, "requests under way")
         os.kill(os.getpid(), signal.SIGINT)
+        alphabet.engine.executor.step(1)  # wakes the event loop, should it have missed the signal
         wait_until(lambda: len(alphabet.engine.aborted) >= 3, "aborts")
         alphabet.engine.executor.release()
 

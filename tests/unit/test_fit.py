@@ -135,7 +135,7 @@ def test_a_calibration_that_was_taught_has_the_factors_and_is_trusted():
 
 
 def test_factors_at_their_bound_are_those_that_a_calibration_has():
-    for seed in range(8):
+    for seed in range(4):
         seen, _ = halves(timed(CASES, truth((0.5,) * 4), noise=0.1, seed=seed))
         found = fitted(MODEL, HARDWARE, seen)
         kept = taught(Calibration("small", "card"), found, MODEL, seen)

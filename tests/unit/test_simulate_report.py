@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from duetjax import arrangements, simulate_report
+from duetjax import arrangements, simulate, simulate_report
 from duetjax.arrangements import Arrangement
 from duetjax.cli import main
 from duetjax.config import ConfigError
@@ -18,6 +18,12 @@ def run(capsys, *args):
     assert main(args) == 0
     out = capsys.readouterr().out.splitlines()
     return out[:-1], json.loads(out[-1])
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Searches for a rate simulate a sixth of the time that they would."""
+    monkeypatch.setattr(simulate, "_LEAST_SECONDS", 10.0)
 
 
 def error_of(capsys, *args):
@@ -58,7 +64,7 @@ def test_processes_change_nothing(capsys):
     assert run(capsys, "simulate", *SHORT, "--policy", "duet,aggregated")[1] == one
 
 
-def test_a_sweep_finds_the_rate_beyond_which_the_objectives_are_missed(capsys):
+def test_a_sweep_finds_the_rate_beyond_which_the_objectives_are_missed(capsys, short):
     args = ("--policy", "aggregated-slo", "--sweep", "--tbt-slo-ms", "25", "--duration", "60")
     lines, document = run(capsys, "simulate", *LOAD, "--rate", "4", *args)
     ninety, most = document["sweep"]
@@ -145,8 +151,8 @@ def test_gpus_that_no_replica_uses_are_left_over():
     assert [each.gpus for each in arrangements.arrangements(3, ("duet",))] == [3, 2]
 
 
-def test_a_plan_ranks_arrangements_by_requests_per_gpu(capsys):
-    args = ("--gpus", "2", "--policy", "aggregated-slo", "--duration", "30", "--price", "2")
+def test_a_plan_ranks_arrangements_by_requests_per_gpu(capsys, short):
+    args = ("--gpus", "2", "--policy", "aggregated-slo", "--duration", "10", "--price", "2")
     lines, document = run(capsys, "plan", *LOAD, *args)
     found = document["arrangements"]
     per_gpu = [each["rate"] / each["gpus"] for each in found]
