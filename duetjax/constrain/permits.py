@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_ENDS_S = 2.0
+"""So long an end waits for threads: Python crashes if it ends while they are in llguidance."""
+
 type _Job = Callable[[], Permit | None]
 
 
@@ -37,14 +40,17 @@ class PermitIssuer:
         self._compiled: Compiled | str | None = None  # of the first thread; text: why there is none
         self._followers: dict[str, Follower] = {}  # of the second
         self._is_closed = False
+        self._threads: list[threading.Thread] = []
 
     def start(self, deliver: "Callable[[Permit | BaseException | None], None]") -> None:
         """See `engine.Permits`."""
         self._deliver = deliver
         for name, run in (("grammars", self._compile_all), ("permits", self._follow_all)):
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._safely, args=(run,), name=f"duetjax-{name}", daemon=True
-            ).start()
+            )
+            thread.start()
+            self._threads.append(thread)
 
     @property
     def is_idle(self) -> bool:
@@ -72,6 +78,8 @@ class PermitIssuer:
         self._is_closed = True
         self._begun.put(None)
         self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(_ENDS_S)
 
     def _safely(self, run: Callable[[], None]) -> None:
         try:

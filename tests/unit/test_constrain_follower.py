@@ -502,6 +502,16 @@ def test_of_a_request_that_has_ended_nothing_more_is_said(issuing):
     assert [next_permit() for _ in range(4)] == [None] * 4
 
 
+def test_its_threads_end_with_it(issuing):
+    issuer, next_permit = issuing
+    issuer.begin("a", Constraint(grammar(RECORD)))
+    assert next_permit()
+    for _ in range(100):
+        issuer.sampled("a", None)
+    issuer.close()
+    assert [thread.is_alive() for thread in issuer._threads] == [False, False]
+
+
 @pytest.mark.parametrize("issuing", [lambda: "no tokenizer"], indirect=True)
 def test_a_tokenizer_that_is_none_is_an_error_of_each_request(issuing):
     issuer, next_permit = issuing
