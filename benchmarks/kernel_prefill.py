@@ -10,7 +10,7 @@ from pallas_kernels import xla, xla_fixed
 from pallas_kernels.cost import Heads
 from pallas_kernels.mosaic import MosaicKernels
 from pallas_kernels.pages import FP8
-from pallas_kernels.tiles import MOST_BLOCKS, Tiling
+from pallas_kernels.tiles import Spans, Tiling
 from pallas_kernels.timing import (
     CALLS,
     TABLE_TOKENS,
@@ -83,10 +83,11 @@ def measured(load: PrefillLoad, kernels: MosaicKernels, *, on_gpu: bool) -> Row:
     ours = (q, pages, in_wide_table(table, load.page_size) if on_gpu else table, *rows)
     calls = CALLS if on_gpu else 1
     seconds = seconds_per_call(kernels.prefill_attention, ours, calls)
-    uncut = None
+    uncut, tuning = None, kernels.tuning
     blocks = Tiling.of(load.heads.num_heads // load.heads.num_kv_heads).blocks(*q.shape[:2])
-    if on_gpu and 2 * blocks <= MOST_BLOCKS:
-        whole = replace(kernels, tuning=replace(kernels.tuning, prefill_span=TABLE_TOKENS))
+    spans = Spans.of(blocks, TABLE_TOKENS, tuning.prefill_span, tuning.prefill_step)
+    if on_gpu and spans.most > 1:
+        whole = replace(kernels, tuning=replace(tuning, prefill_span=TABLE_TOKENS))
         uncut = seconds_per_call(whole.prefill_attention, ours, calls) * 1e6
     others = seconds_per_call(xla_fixed.prefill_attention, operands, 1)
     dense = None

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -36,7 +36,6 @@ class _Asked:
     params: SamplingParams
     priority: int
     cache_salt: str
-    parallel_tool_calls: bool = True
 
 
 class AsyncLLM(BaseLLM):
@@ -93,8 +92,14 @@ class AsyncLLM(BaseLLM):
         tools, parallel_tool_calls, chat_template_kwargs: see `LLM.chat`.
         """
         asked = self._asked(sampling_params, request_id, priority, cache_salt)
-        asked = replace(asked, parallel_tool_calls=parallel_tool_calls)
-        return self._run(partial(self._encode_chat, messages, tools, chat_template_kwargs), asked)
+        encode = partial(
+            self._encode_chat,
+            messages,
+            tools,
+            chat_template_kwargs,
+            single_call=not parallel_tool_calls,
+        )
+        return self._run(encode, asked)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request, whose last output then says "abort"; of no effect if it has ended."""
@@ -140,12 +145,7 @@ class AsyncLLM(BaseLLM):
                 prompt = await asyncio.to_thread(encode)  # long texts take long
                 # The engine may not yet have ended an earlier request of this id: another number.
                 name = f"{asked.id}.{next(self._numbers)}"
-                form = await asyncio.to_thread(
-                    self._form,
-                    prompt,
-                    asked.params,
-                    parallel_tool_calls=asked.parallel_tool_calls,
-                )
+                form = await asyncio.to_thread(self._form, prompt, asked.params)
                 requests = self._model.new_requests(name, prompt.token_ids, asked.params, form)
                 call.submit(prioritised(requests, asked.priority, asked.cache_salt), form)
                 while not call.is_finished:

@@ -207,12 +207,13 @@ class Completion:
 class EncodedPrompt:
     """A prompt as it was given and as token ids; text: None where it was not given as a text.
 
-    may_call: whether it offers tools.
+    may_call: whether it offers tools; single_call: its answer ends with its first call.
     """
 
     text: str | None
     token_ids: tuple[int, ...]
     may_call: bool = False
+    single_call: bool = False
 
 
 def request_output(

@@ -112,21 +112,21 @@ class BaseLLM(ABC):
     def _encode_chat(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_kwargs: Mapping[str, object] | None,
+        *,
+        single_call: bool,
     ) -> EncodedPrompt:
         ids = self._tokenizer().encode_chat(messages, tools=tools, template_kwargs=template_kwargs)
-        return EncodedPrompt(None, tuple(ids), may_call=bool(tools))
+        return EncodedPrompt(None, tuple(ids), may_call=bool(tools), single_call=single_call)
 
-    def _form(
-        self, prompt: EncodedPrompt, params: SamplingParams, *, parallel_tool_calls: bool = True
-    ) -> Form:
+    def _form(self, prompt: EncodedPrompt, params: SamplingParams) -> Form:
         return self._model.form(
             prompt.token_ids,
             params,
             reasoning=self._reasoning_style,
             tools=self._tool_style if prompt.may_call else None,
-            single_call=not parallel_tool_calls,
+            single_call=prompt.single_call,
         )
 
     def _tokenizer(self) -> Tokenizer:
@@ -186,10 +186,11 @@ class LLM(BaseLLM):
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         batch = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        encoded = [self._encode_chat(m, tools, chat_template_kwargs) for m in batch]
-        return self._run(
-            encoded, sampling_params, 0, use_tqdm, parallel_tool_calls=parallel_tool_calls
-        )
+        encoded = [
+            self._encode_chat(m, tools, chat_template_kwargs, single_call=not parallel_tool_calls)
+            for m in batch
+        ]
+        return self._run(encoded, sampling_params, 0, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -209,8 +210,10 @@ class LLM(BaseLLM):
     ) -> Iterator[Delta]:
         """Answers one conversation piece by piece; dropping the iterator aborts it. See `chat`."""
         _check_single(sampling_params)
-        encoded = self._encode_chat(messages, tools, chat_template_kwargs)
-        return self._stream(encoded, sampling_params, parallel_tool_calls=parallel_tool_calls)
+        encoded = self._encode_chat(
+            messages, tools, chat_template_kwargs, single_call=not parallel_tool_calls
+        )
+        return self._stream(encoded, sampling_params)
 
     def close(self) -> None:
         """Ends what is running and frees the engine; safe to call twice."""
@@ -228,8 +231,6 @@ class LLM(BaseLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
         use_tqdm: bool,
-        *,
-        parallel_tool_calls: bool = True,
     ) -> list[RequestOutput]:
         wanted = self._model.defaults if sampling_params is None else sampling_params
         params = _one_each(wanted, "sampling_params", len(prompts))
@@ -238,7 +239,7 @@ class LLM(BaseLLM):
         groups: list[list[Completion]] = []
         with self._call() as call:
             for name, prompt, one, order in zip(ids, prompts, params, priorities, strict=True):
-                form = self._form(prompt, one, parallel_tool_calls=parallel_tool_calls)
+                form = self._form(prompt, one)
                 requests = self._model.new_requests(name, prompt.token_ids, one, form)
                 groups.append(call.submit(prioritised(requests, order), one, form))
             total = sum(map(len, groups))
@@ -247,17 +248,11 @@ class LLM(BaseLLM):
                     bar.update(completion.finish is not None)
         return [request_output(*result) for result in zip(ids, prompts, groups, strict=True)]
 
-    def _stream(
-        self,
-        prompt: EncodedPrompt,
-        params: SamplingParams | None,
-        *,
-        parallel_tool_calls: bool = True,
-    ) -> Iterator[Delta]:
+    def _stream(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Iterator[Delta]:
         params = self._model.defaults if params is None else params
         with self._call() as call:
             name = f"llm-{next(self._numbers)}"
-            form = self._form(prompt, params, parallel_tool_calls=parallel_tool_calls)
+            form = self._form(prompt, params)
             requests = self._model.new_requests(name, prompt.token_ids, params, form)
             call.submit(requests, params, form)
             for _, delta in call.deltas():

@@ -148,9 +148,8 @@ def _combined(
         peak, total, mean = state
         start = first + turn * AT_ONCE
         indices = [start + i for i in range(AT_ONCE)]
-        for index, (tile, log_sum) in [
-            (index, part(jnp.minimum(index, behind - 1))) for index in indices
-        ]:
+        parts = [part(jnp.minimum(index, behind - 1)) for index in indices]
+        for index, (tile, log_sum) in zip(indices, parts, strict=True):
             # Those behind the last weigh nothing.
             log_sum = log_sum + jnp.where(index < behind, 0.0, -jnp.inf)
             new_peak = jnp.maximum(peak, log_sum)

@@ -22,7 +22,6 @@ TILE_ROWS = WARPGROUPS * 64
 MOST_HEADS = 8
 """Heads in a tile: with more of them a box of one head's tokens would be less than 8 rows."""
 
-
 MOST_SPANS = 16
 MOST_BLOCKS = 256
 """Of tiles and spans together: two waves of a GPU's, as a block has a multiprocessor for itself.

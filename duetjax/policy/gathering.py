@@ -34,12 +34,13 @@ class Gathering:
         self._gap_ms = _FIRST_GAP_MS
         self._awaited: Lane | None = None  # was busy, with rows held, at the last look
         self._idle_ms: float | None = None  # before the launch that runs, where there was a gap
-        self._step_ms: dict[
-            Lane, float
-        ] = {}  # of decode launches that followed at once; nobody waits before
+        self._step_ms: dict[Lane, float] = {}  # of decode launches that followed at once
 
     def waits(self, lane: Lane) -> bool:
-        """Whether to plan nothing more now for a lane that is busy."""
+        """Whether to plan nothing more now for a lane that is busy.
+
+        Not before it is known how long a launch takes that follows at once.
+        """
         flights, roster = self._flights, self._roster
         if not (roster.held and flights.is_busy(lane) and lane in self._step_ms):
             return False

@@ -1,9 +1,12 @@
-"""One server with the alphabet engine for each test module that asks for it."""
+"""What several test modules ask for, such as a server of their own with the alphabet engine."""
 
 import dictation
 import openai
 import pytest
 from serve_setup import serving, write_tokenizer
+from unhurried import Unhurried
+
+from duetjax.constrain import checker
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +40,12 @@ def client(served):
 def http(served):
     with served.http() as http:
         yield http
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Looks at every grammar, in place of a process."""
+    made = Unhurried()
+    monkeypatch.setattr(checker, "_Child", lambda: made)
+    yield made
+    made.may_answer.set()

@@ -494,31 +494,6 @@ def test_old_grammars_are_forgotten(scripted, monkeypatch):
     checking.close()
 
 
-class Unhurried:
-    """Implements `checker._Child`: says `fault` of each grammar when it may; asked: of which."""
-
-    def __init__(self, fault=""):
-        self.fault = fault
-        self.may_answer = threading.Event()
-        self.asked = []
-
-    def ask(self, text, _):
-        self.asked.append(text)
-        assert self.may_answer.wait(PATIENCE)
-        return self.fault
-
-    def kill(self):
-        pass
-
-
-@pytest.fixture
-def child(monkeypatch):
-    made = Unhurried()
-    monkeypatch.setattr(checker, "_Child", lambda: made)
-    yield made
-    made.may_answer.set()
-
-
 def test_any_number_of_requests_with_one_grammar_share_a_look(child):
     checking = GrammarChecker(PATIENCE, places=1)
     looks = [checking.look("".join(GOOD)) for _ in range(200)]

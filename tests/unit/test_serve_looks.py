@@ -6,9 +6,7 @@ import pytest
 from dictation import ASKED, CLOCK, dictated
 from fake_engine import FakeEngine, wait_until
 from serve_setup import MODEL, post_bytes, serving
-from test_constrain_grammars import Unhurried
 
-from duetjax.constrain import checker
 from duetjax.serve.limits import Limits
 from duetjax.text.answer import ToolStyle
 
@@ -38,15 +36,6 @@ ASKING = {
     "chat": turn(response_format=keeping()),
     "tools": turn(tools=[CLOCK], tool_choice="required"),
 }
-
-
-@pytest.fixture
-def child(monkeypatch):
-    """Who looks at grammars."""
-    made = Unhurried()
-    monkeypatch.setattr(checker, "_Child", lambda: made)
-    yield made
-    made.may_answer.set()
 
 
 @pytest.fixture
